@@ -1,0 +1,53 @@
+"""Every error that this package raises for a user's mistake: one class per diagnostic.
+
+All derive from `NSAError`, itself a `ValueError`.  A message says what was given, what is accepted,
+and what to do about it.
+"""
+
+
+class NSAError(ValueError):
+    """Base of all errors that nsa_compile raises on purpose."""
+
+
+class ConfigError(NSAError):
+    """A field of `NSAConfig`, or a combination of fields, is not one that NSA is defined for."""
+
+
+class UnknownOptionError(ConfigError):
+    """An `nsa.*` option, given to `torch.compile` or on the command line, names no field of `NSAConfig`."""
+
+
+class ShapeError(NSAError):
+    """A tensor's rank or size does not fit the others."""
+
+
+class HeadCountError(ShapeError):
+    """The number of KV heads does not divide the number of query heads."""
+
+
+class DtypeError(NSAError):
+    """A tensor's dtype is not supported, or the tensors' dtypes differ."""
+
+
+class DeviceError(NSAError):
+    """The tensors live on different devices."""
+
+
+class LayoutError(NSAError):
+    """A tensor's memory layout is not supported: the last dimension must be contiguous."""
+
+
+class GatesError(NSAError):
+    """`combine="gated"` was asked for without gates, or gates were given where none are used."""
+
+
+class CompressionError(NSAError):
+    """Compressed keys and values do not fit the configuration, or the compression needs learned parts."""
+
+
+class UnsupportedGraphError(NSAError):
+    """What was given to `rewrite` is not a graph that the passes can read."""
+
+
+class ModelLoadError(NSAError):
+    """A model named on the command line cannot be loaded."""
