@@ -45,6 +45,10 @@ class CompressionError(NSAError):
     """Compressed keys and values do not fit the configuration, or the compression needs learned parts."""
 
 
+class SecondDerivativeError(NSAError):
+    """A second derivative was asked for; the operators have first derivatives only."""
+
+
 class UnsupportedGraphError(NSAError):
     """What was given to `rewrite` is not a graph that the passes can read."""
 

@@ -1,0 +1,42 @@
+"""Mean compression: l tokens at stride d become one, in plain aten, memory linear in S."""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def count_compressed(num_keys: int, block_length: int, block_stride: int) -> int:
+    """Returns N_cmp, the number of compressed tokens that S keys make."""
+    return 0 if num_keys < block_length else (num_keys - block_length) // block_stride + 1
+
+
+def mean_compress(tokens: Tensor, block_length: int, block_stride: int) -> Tensor:
+    """Averages each l tokens, d apart; the sums are in float32 (float64 for float64), each token read once.
+
+    Args:
+        tokens: `[B, H_kv, S, D]`.
+        block_length: l.
+        block_stride: d; divides l.
+
+    Returns:
+        `[B, H_kv, N_cmp, D]`, dtype of `tokens`.
+
+    Reference: arXiv 2502.11089, eq 7, with φ the mean.
+    """
+    if count_compressed(tokens.shape[2], block_length, block_stride) == 0:
+        return tokens[:, :, :0].contiguous()
+    accumulate = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    sums = tokens.unfold(2, block_stride, block_stride).sum(-1, dtype=accumulate)  # a view, summed: no copy
+    total = functools.reduce(torch.add, iterate_neighbours(sums, 2, block_length // block_stride))
+    return (total / block_length).to(tokens.dtype)
+
+
+def iterate_neighbours(chunks: Tensor, dim: int, count: int) -> Iterator[Tensor]:
+    """Yields `count` views of `chunks`, shifted by 0, 1, … along `dim`: elementwise, runs of neighbouring chunks.
+
+    Sizes are differences of one size, so that symbolic shapes need no guard.
+    """
+    for shift in range(count):
+        yield chunks.narrow(dim, shift, chunks.shape[dim] - (count - 1))
