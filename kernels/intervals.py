@@ -1,11 +1,9 @@
 """Visible keys as intervals: one `[first, last]` per query, and vectors of valid keys, blocks and compressed tokens."""
 
-import functools
-
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.compression import count_compressed, iterate_neighbours
+from nsa_compile.kernels.compression import count_compressed
 
 
 def resolve_intervals(
@@ -76,7 +74,7 @@ def blocks_with_valid_key(key_valid: Tensor, selection_block: int) -> Tensor:
 
 def valid_compressed_tokens(key_valid: Tensor, block_length: int, block_stride: int) -> Tensor:
     """Says which compressed tokens stand for valid keys only: `[B, S]` bool to `[B, N_cmp]` bool."""
-    if count_compressed(key_valid.shape[1], block_length, block_stride) == 0:
-        return key_valid[:, :0]
-    chunks = key_valid.unfold(1, block_stride, block_stride).all(-1)
-    return functools.reduce(torch.logical_and, iterate_neighbours(chunks, 1, block_length // block_stride))
+    num_compressed = count_compressed(key_valid.shape[1], block_length, block_stride)
+    before = torch.nn.functional.pad(key_valid.cumsum(1, dtype=torch.int32), (1, 0))  # valid keys before s
+    start = torch.arange(num_compressed, device=key_valid.device) * block_stride
+    return before.index_select(1, start + block_length) - before.index_select(1, start) == block_length
