@@ -1,0 +1,570 @@
+"""FlashAttention over one contiguous run of keys per query: the loop under the compressed and window branches.
+
+Every branch whose keys are a contiguous range, different for each query, runs through the three kernels here:
+the forward pass, the gradient of the queries, and the gradient of keys and values.  What differs is how a token's
+visible interval becomes a range of key indices, which `key_range` computes:
+
+* compressed tokens: key i stands for the tokens [i·STRIDE, i·STRIDE + LENGTH);
+* sliding window: the last `window` tokens of the interval;
+* forced blocks: the last `local_blocks` selection blocks, plus `initial` keys at the start of the sequence.
+
+Layout: one program handles BLOCK_M tokens of one query head; heads of a group read the same keys through L2.
+Probabilities are kept relative to a running maximum in base 2; a query that sees nothing gets output 0, lse −inf.
+"""
+
+import triton
+import triton.language as tl
+
+EMPTY_LOW = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def token_interval(
+    first_ptr, last_ptr, batch, tokens, limit, T, S, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr
+):
+    """Visible interval [first, last] of each token; tokens from `limit` on get an empty one."""
+    inside = tokens < limit
+    if HAS_INTERVAL:
+        offset = batch.to(tl.int64) * T + tokens
+        first = tl.load(first_ptr + offset, mask=inside, other=EMPTY_LOW)
+        last = tl.load(last_ptr + offset, mask=inside, other=-1)
+    else:
+        first = tokens * 0
+        last = tokens if IS_CAUSAL else tokens * 0 + S - 1
+        last = tl.where(inside, last, -1)
+    return first, last
+
+
+@triton.jit
+def key_range(
+    first, last, S, N, window, local_blocks, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr
+):
+    """Range [low, high] of key indices for each token's interval; empty as low > high.
+
+    `window` and `local_blocks` are 0 where the branch has none; with both, the range starts at the earlier of the two.
+    """
+    near = first * 0 + EMPTY_LOW
+    if window > 0:
+        near = last - window + 1
+    if local_blocks > 0:
+        near = tl.minimum(near, (tl.minimum(last, S - 1) // SELECTION_BLOCK - local_blocks + 1) * SELECTION_BLOCK)
+    low = first
+    if (window > 0) | (local_blocks > 0):
+        low = tl.maximum(low, near)
+    low = tl.maximum(low, 0)
+    high = tl.minimum(last - (LENGTH - 1), S - LENGTH)
+    if STRIDE != 1:
+        low = (low + STRIDE - 1) // STRIDE
+        high = tl.where(high < 0, -1, high // STRIDE)
+    high = tl.minimum(high, N - 1)
+    low = tl.where(low > high, EMPTY_LOW, low)
+    high = tl.where(low > high, -1, high)
+    return low, high
+
+
+@triton.jit
+def routed(block, low, initial, SELECTION_BLOCK: tl.constexpr):
+    """Whether a listed block holds keys of its own: after the initial keys and before the contiguous range."""
+    start = block * SELECTION_BLOCK
+    return (block >= 0) & (start >= initial) & (start < low)
+
+
+@triton.jit
+def load_tile(pointer, rows, columns, stride, row_mask, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Loads a [rows, columns] tile, zero where masked; `columns` is padded to BLOCK when COLUMNS is no power of two."""
+    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    if COLUMNS == BLOCK:
+        if MASKED:
+            return tl.load(pointers, mask=row_mask[:, None], other=0.0)
+        return tl.load(pointers)
+    if MASKED:
+        return tl.load(pointers, mask=row_mask[:, None] & (columns < COLUMNS)[None, :], other=0.0)
+    return tl.load(pointers, mask=(columns < COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
+def visible_keys(valid_ptr, keys, low, high, N, HAS_VALID: tl.constexpr, MASKED: tl.constexpr):
+    """Mask [rows, keys] of what each row sees of the given key indices."""
+    if MASKED:
+        seen = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
+    else:
+        seen = (keys[None, :] >= 0) & (low[:, None] >= 0)
+    if HAS_VALID:
+        seen = seen & (tl.load(valid_ptr + keys, mask=keys < N, other=0) != 0)[None, :]
+    return seen
+
+
+@triton.jit
+def tile_bounds(low, high, BLOCK_N: tl.constexpr):
+    """Where a tile's loop over keys starts and ends, and the part of it that every row sees whole.
+
+    Returns (start, full_start, full_end, end), multiples of BLOCK_N, in ascending order.
+    """
+    start = tl.min(low) // BLOCK_N * BLOCK_N
+    end = (tl.max(high) + BLOCK_N) // BLOCK_N * BLOCK_N
+    start = tl.minimum(start, end)
+    full_start = (tl.max(low) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    full_end = (tl.min(high) + 1) // BLOCK_N * BLOCK_N
+    full_end = tl.minimum(tl.maximum(full_end, full_start), end)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def forward_step(
+    accumulator, maximum, total, query, key_ptr, value_ptr, valid_ptr, start, low, high, N, scale_log2,
+    stride_kn, stride_vn, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr, LSE_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of the online softmax."""
+    columns = tl.arange(0, BLOCK_N)
+    keys = start + columns
+    key_base = key_ptr + tl.cast(start, tl.int64) * stride_kn
+    key = load_tile(key_base, columns, tl.arange(0, BLOCK_D), stride_kn, keys < N, D, BLOCK_D, MASKED)
+    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+    if MASKED or HAS_VALID:
+        logits = tl.where(visible_keys(valid_ptr, keys, low, high, N, HAS_VALID, MASKED), logits, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    if MASKED or HAS_VALID:
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    else:
+        reference = new_maximum
+    weights = tl.exp2(logits - reference[:, None])
+    rescale = tl.exp2(maximum - reference)
+    total = total * rescale + tl.sum(weights, 1)
+    if not LSE_ONLY:
+        accumulator = accumulator * rescale[:, None]
+        value_base = value_ptr + tl.cast(start, tl.int64) * stride_vn
+        value = load_tile(value_base, columns, tl.arange(0, BLOCK_DV), stride_vn, keys < N, DV, BLOCK_DV, MASKED)
+        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision=PRECISION)
+    return accumulator, new_maximum, total
+
+
+@triton.jit
+def flash_forward(
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, output_ptr, lse_ptr,
+    blocks_ptr, partial_ptr, partial_lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    H, T, S, N, window, local_blocks, initial, token_start, token_end, num_listed, scale_log2,
+    GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_PARTIALS: tl.constexpr,
+    LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and lse for the tokens [token_start, token_end) of one query head.
+
+    With HAS_PARTIALS, the listed blocks that lie before the range (see `routed`) join the same softmax at the end, as
+    normalised outputs [B, token, slot, H, DV] with a base-2 lse beside them.  Without HAS_DENSE they are all there is.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: heaviest tiles first
+    batch = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    rows = tl.arange(0, BLOCK_M)
+    tile_start = token_start + tile * BLOCK_M
+    tokens = tile_start + rows
+    stored = tokens < token_end
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    if HAS_DENSE:
+        low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
+    else:
+        low, high = rows * 0 + EMPTY_LOW, rows * 0 - 1
+
+    query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    query_base += tile_start.to(tl.int64) * stride_qt
+    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, stored, D, BLOCK_D, True)
+    kv_head = (head // GROUP).to(tl.int64)
+    key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head * stride_kh
+    value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head * stride_vh
+    valid_base = valid_ptr + batch.to(tl.int64) * N
+
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if HAS_INITIAL:
+        initial_high = tl.where(last >= first, tl.minimum(initial, low), 0) - 1
+        for start in range(0, tl.max(initial_high) + 1, BLOCK_N):
+            accumulator, maximum, total = forward_step(
+                accumulator, maximum, total, query, key_base, value_base, valid_base, start, rows * 0, initial_high, N,
+                scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+            PRECISION,
+            )  # fmt: skip
+    loop_start, full_start, full_end, loop_end = tile_bounds(low, high, BLOCK_N)
+    for start in range(loop_start, full_start, BLOCK_N):
+        accumulator, maximum, total = forward_step(
+            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+            PRECISION,
+        )  # fmt: skip
+    for start in range(full_start, full_end, BLOCK_N):
+        accumulator, maximum, total = forward_step(
+            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, LSE_ONLY,
+            PRECISION,
+        )  # fmt: skip
+    for start in range(full_end, loop_end, BLOCK_N):
+        accumulator, maximum, total = forward_step(
+            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+            PRECISION,
+        )  # fmt: skip
+
+    columns = tl.arange(0, BLOCK_DV)
+    if HAS_PARTIALS:
+        chunk = token_end - token_start
+        partial_row = (batch.to(tl.int64) * chunk + (tokens - token_start)) * num_listed * SUB
+        listed = blocks_ptr + ((tl.program_id(1) // GROUP).to(tl.int64) * T + tokens) * num_listed
+        for slot in range(num_listed * SUB):
+            offset = (partial_row + slot) * H + head
+            block = tl.load(listed + slot // SUB, mask=stored, other=-1)
+            used = routed(block, low, initial, SELECTION_BLOCK)
+            lse = tl.load(partial_lse_ptr + offset, mask=used, other=float("-inf"))
+            partial = tl.load(
+                partial_ptr + offset[:, None] * DV + columns[None, :],
+                mask=used[:, None] & (columns < DV)[None, :], other=0.0,
+            )  # fmt: skip
+            new_maximum = tl.maximum(maximum, lse)
+            reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            rescale = tl.exp2(maximum - reference)
+            weight = tl.exp2(lse - reference)
+            accumulator = accumulator * rescale[:, None] + partial.to(tl.float32) * weight[:, None]
+            total = total * rescale + weight
+            maximum = new_maximum
+
+    seen = total > 0
+    output = accumulator / tl.where(seen, total, 1.0)[:, None]
+    lse = tl.where(seen, (maximum + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    row = (batch * H + head).to(tl.int64) * T + tokens
+    if not LSE_ONLY:
+        tl.store(
+            output_ptr + row[:, None] * DV + columns[None, :], output.to(output_ptr.dtype.element_ty),
+            mask=stored[:, None] & (columns < DV)[None, :],
+        )  # fmt: skip
+    tl.store(lse_ptr + row, lse, mask=stored)
+
+
+@triton.jit
+def output_dot_gradient(output_ptr, grad_ptr, delta_ptr, stride_gb, stride_gh, stride_gt, H, T,
+                        DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """delta = Σ_dv output · grad_output for each row: what the softmax's backward subtracts."""
+    batch = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_DV)
+    mask = (tokens < T)[:, None] & (columns < DV)[None, :]
+    row = tl.program_id(1).to(tl.int64) * T + tokens
+    output = tl.load(output_ptr + row[:, None] * DV + columns[None, :], mask=mask, other=0.0)
+    grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+    grad = tl.load(grad_base + tokens.to(tl.int64)[:, None] * stride_gt + columns[None, :], mask=mask, other=0.0)
+    tl.store(delta_ptr + row, tl.sum(output.to(tl.float32) * grad.to(tl.float32), 1), mask=tokens < T)
+
+
+@triton.jit
+def query_gradient_step(
+    accumulator, query, grad, lse_log2, delta, key_ptr, value_ptr, valid_ptr, start, low, high, N, scale_log2,
+    stride_kn, stride_vn, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys' share in the gradient of the queries (scale left out)."""
+    columns = tl.arange(0, BLOCK_N)
+    keys = start + columns
+    key_base = key_ptr + tl.cast(start, tl.int64) * stride_kn
+    value_base = value_ptr + tl.cast(start, tl.int64) * stride_vn
+    key = load_tile(key_base, columns, tl.arange(0, BLOCK_D), stride_kn, keys < N, D, BLOCK_D, MASKED)
+    value = load_tile(value_base, columns, tl.arange(0, BLOCK_DV), stride_vn, keys < N, DV, BLOCK_DV, MASKED)
+    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+    weights = tl.exp2(logits - lse_log2[:, None])
+    if MASKED or HAS_VALID:
+        weights = tl.where(visible_keys(valid_ptr, keys, low, high, N, HAS_VALID, MASKED), weights, 0.0)
+    grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+    grad_logits = weights * (grad_weights - delta[:, None])
+    return tl.dot(grad_logits.to(key.dtype), key, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def flash_query_gradient(
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, grad_ptr, lse_ptr, delta_ptr, grad_query_ptr,
+    blocks_ptr, partial_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gt,
+    H, T, S, N, window, local_blocks, initial, token_start, token_end, num_listed, scale, scale_log2,
+    GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_PARTIALS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries, tokens [token_start, token_end) of one head; partials [B, token, slot, H, D] are added."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    rows = tl.arange(0, BLOCK_M)
+    tile_start = token_start + tile * BLOCK_M
+    tokens = tile_start + rows
+    stored = tokens < token_end
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    if HAS_DENSE:
+        low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
+    else:
+        low, high = rows * 0 + EMPTY_LOW, rows * 0 - 1
+
+    query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    query_base += tile_start.to(tl.int64) * stride_qt
+    grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+    grad_base += tile_start.to(tl.int64) * stride_gt
+    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, stored, D, BLOCK_D, True)
+    grad = load_tile(grad_base, rows, tl.arange(0, BLOCK_DV), stride_gt, stored, DV, BLOCK_DV, True)
+    row = tl.program_id(1).to(tl.int64) * T + tokens
+    lse = tl.load(lse_ptr + row, mask=stored, other=float("-inf"))
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)  # an empty row weighs nothing
+    delta = tl.load(delta_ptr + row, mask=stored, other=0.0)
+    kv_head = (head // GROUP).to(tl.int64)
+    key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head * stride_kh
+    value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head * stride_vh
+    valid_base = valid_ptr + batch.to(tl.int64) * N
+
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_INITIAL:
+        initial_high = tl.where(last >= first, tl.minimum(initial, low), 0) - 1
+        for start in range(0, tl.max(initial_high) + 1, BLOCK_N):
+            accumulator = query_gradient_step(
+                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, rows * 0, initial_high,
+                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
+            )  # fmt: skip
+    loop_start, full_start, full_end, loop_end = tile_bounds(low, high, BLOCK_N)
+    for start in range(loop_start, full_start, BLOCK_N):
+        accumulator = query_gradient_step(
+            accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
+            N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
+        )  # fmt: skip
+    for start in range(full_start, full_end, BLOCK_N):
+        accumulator = query_gradient_step(
+            accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
+            N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, PRECISION,
+        )  # fmt: skip
+    for start in range(full_end, loop_end, BLOCK_N):
+        accumulator = query_gradient_step(
+            accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
+            N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
+        )  # fmt: skip
+    accumulator *= scale
+
+    columns = tl.arange(0, BLOCK_D)
+    if HAS_PARTIALS:
+        chunk = token_end - token_start
+        partial_row = (batch.to(tl.int64) * chunk + (tokens - token_start)) * num_listed * SUB
+        listed = blocks_ptr + ((tl.program_id(1) // GROUP).to(tl.int64) * T + tokens) * num_listed
+        for slot in range(num_listed * SUB):
+            offset = (partial_row + slot) * H + head
+            block = tl.load(listed + slot // SUB, mask=stored, other=-1)
+            used = routed(block, low, initial, SELECTION_BLOCK)
+            partial = tl.load(
+                partial_ptr + offset[:, None] * D + columns[None, :],
+                mask=used[:, None] & (columns < D)[None, :], other=0.0,
+            )  # fmt: skip
+            accumulator += partial.to(tl.float32)
+    tl.store(
+        grad_query_ptr + row[:, None] * D + columns[None, :], accumulator.to(grad_query_ptr.dtype.element_ty),
+        mask=stored[:, None] & (columns < D)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def key_gradient_step(
+    grad_key, grad_value, key, value, query_ptr, grad_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, batch, keys,
+    key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2, stride_qt, stride_gt,
+    LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, INITIAL_ONLY: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries' share in the gradients of a block of keys and values (scale left out)."""
+    rows = tl.arange(0, BLOCK_M)
+    tokens = tile_start + rows
+    inside = tokens < T
+    query_base = query_ptr + tl.cast(tile_start, tl.int64) * stride_qt
+    grad_base = grad_ptr + tl.cast(tile_start, tl.int64) * stride_gt
+    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, inside, D, BLOCK_D, MASKED)
+    grad = load_tile(grad_base, rows, tl.arange(0, BLOCK_DV), stride_gt, inside, DV, BLOCK_DV, MASKED)
+    lse = tl.load(lse_ptr + tokens, mask=inside, other=float("-inf"))
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    delta = tl.load(delta_ptr + tokens, mask=inside, other=0.0)
+    logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2
+    weights = tl.exp2(logits - lse_log2[None, :])
+    if MASKED:
+        first, last = token_interval(first_ptr, last_ptr, batch, tokens, T, T, S, IS_CAUSAL, HAS_INTERVAL)
+        low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
+        if INITIAL_ONLY:
+            high = tl.where(last >= first, tl.minimum(initial, low), 0) - 1
+            low = rows * 0
+        seen = (keys[:, None] >= low[None, :]) & (keys[:, None] <= high[None, :])
+        weights = tl.where(seen, weights, 0.0)
+    if HAS_VALID:
+        weights = tl.where(key_valid[:, None], weights, 0.0)
+    grad_value = tl.dot(weights.to(grad.dtype), grad, grad_value, input_precision=PRECISION)
+    grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+    grad_logits = weights * (grad_weights - delta[None, :])
+    grad_key = tl.dot(grad_logits.to(query.dtype), query, grad_key, input_precision=PRECISION)
+    return grad_key, grad_value
+
+
+@triton.jit
+def query_tiles(
+    key_start, key_end, range_ptr, tile_index, T, S, window, local_blocks,
+    LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, INITIAL_ONLY: tl.constexpr,
+):  # fmt: skip
+    """Tokens [start, end) that may see the keys [key_start, key_end], and [full_start, full_end) that see them all.
+
+    All four are multiples of BLOCK_M (end may pass T).  With intervals, start and end come from `range_ptr`.
+    """
+    if HAS_INTERVAL:
+        start = tl.load(range_ptr + tile_index * 2)
+        end = tl.load(range_ptr + tile_index * 2 + 1)
+        full_start = end
+        full_end = end
+    elif IS_CAUSAL and not INITIAL_ONLY:
+        start = key_start * STRIDE + LENGTH - 1
+        full_start = key_end * STRIDE + LENGTH - 1
+        end = T
+        full_end = T
+        if (window > 0) | (local_blocks > 0):
+            end = tl.maximum(key_end + window, (key_end // SELECTION_BLOCK + local_blocks) * SELECTION_BLOCK)
+            full_end = tl.maximum(key_start + window, (key_start // SELECTION_BLOCK + local_blocks) * SELECTION_BLOCK)
+            # With T > S the local blocks stay at the end of the keys for all later tokens.
+            end = tl.where((local_blocks > 0) & (T > S), T, end)
+            full_end = tl.where((local_blocks > 0) & (T > S), 0, full_end)
+        end = tl.minimum(end, T)
+        full_end = tl.minimum(full_end, T)
+    else:
+        start = key_start * 0
+        end = start + T
+        full_start = end
+        full_end = end
+    start = start // BLOCK_M * BLOCK_M
+    end = (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    start = tl.minimum(start, end)
+    full_start = tl.minimum(tl.maximum((full_start + BLOCK_M - 1) // BLOCK_M * BLOCK_M, start), end)
+    full_end = tl.minimum(tl.maximum(full_end // BLOCK_M * BLOCK_M, full_start), end)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def flash_key_gradient(
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, grad_ptr, lse_ptr, delta_ptr, range_ptr,
+    base_key_ptr, base_value_ptr, grad_key_ptr, grad_value_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gt,
+    H, T, S, N, key_limit, window, local_blocks, initial, query_splits, scale, scale_log2,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_BASE: tl.constexpr, INITIAL_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one block of keys and values, summed over HEADS query heads and one of `query_splits` token ranges.
+
+    Writes [split, B, H_kv, N, D] with split = head split x query split; with HAS_BASE starts from a float32
+    [B, H_kv, N, D] that is already unscaled the same way.  With INITIAL_ONLY, only keys below `key_limit` are handled.
+    """
+    tile = tl.program_id(0)
+    H_kv = H // GROUP
+    batch = tl.program_id(1) // H_kv
+    kv_head = tl.program_id(1) % H_kv
+    head_split = tl.program_id(2) // query_splits
+    query_split = tl.program_id(2) % query_splits
+    columns = tl.arange(0, BLOCK_N)
+    key_start = tile * BLOCK_N
+    keys = key_start + columns
+    stored = keys < key_limit
+    key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+    value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
+    key_base += key_start.to(tl.int64) * stride_kn
+    value_base += key_start.to(tl.int64) * stride_vn
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    key = load_tile(key_base, columns, d, stride_kn, stored, D, BLOCK_D, True)
+    value = load_tile(value_base, columns, dv, stride_vn, stored, DV, BLOCK_DV, True)
+    if HAS_VALID:
+        key_valid = tl.load(valid_ptr + batch.to(tl.int64) * N + keys, mask=stored, other=0) != 0
+    else:
+        key_valid = stored
+
+    row = (tl.program_id(1).to(tl.int64) * key_limit + keys)[:, None]
+    if HAS_BASE:
+        grad_key = tl.load(base_key_ptr + row * D + d[None, :], mask=stored[:, None] & (d < D)[None, :], other=0.0)
+        grad_value = tl.load(base_value_ptr + row * DV + dv[None, :], mask=stored[:, None] & (dv < DV)[None, :], other=0.0)
+    else:
+        grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    key_end = tl.minimum(key_start + BLOCK_N, key_limit) - 1
+    start, full_start, full_end, end = query_tiles(
+        key_start, key_end, range_ptr, batch.to(tl.int64) * tl.num_programs(0) + tile, T, S, window, local_blocks,
+        LENGTH, STRIDE, SELECTION_BLOCK, BLOCK_M, IS_CAUSAL, HAS_INTERVAL, INITIAL_ONLY,
+    )  # fmt: skip
+    share = ((end - start) // BLOCK_M + query_splits - 1) // query_splits * BLOCK_M
+    start = tl.minimum(start + query_split * share, end)
+    end = tl.minimum(start + share, end)
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_start), end)
+    for index in range(HEADS):
+        head = kv_head * GROUP + head_split * HEADS + index
+        query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+        rows = (batch * H + head).to(tl.int64) * T
+        for tile_start in range(start, full_start, BLOCK_M):
+            grad_key, grad_value = key_gradient_step(
+                grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows, first_ptr,
+                last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2,
+                stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, IS_CAUSAL,
+                HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
+            )  # fmt: skip
+        for tile_start in range(full_start, full_end, BLOCK_M):
+            grad_key, grad_value = key_gradient_step(
+                grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows, first_ptr,
+                last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2,
+                stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, IS_CAUSAL,
+                HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, False, PRECISION,
+            )  # fmt: skip
+        for tile_start in range(full_end, end, BLOCK_M):
+            grad_key, grad_value = key_gradient_step(
+                grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows, first_ptr,
+                last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2,
+                stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, IS_CAUSAL,
+                HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
+            )  # fmt: skip
+
+    split = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * key_limit
+    tl.store(
+        grad_key_ptr + (split + row) * D + d[None, :], (grad_key * scale).to(grad_key_ptr.dtype.element_ty),
+        mask=stored[:, None] & (d < D)[None, :],
+    )  # fmt: skip
+    tl.store(
+        grad_value_ptr + (split + row) * DV + dv[None, :], grad_value.to(grad_value_ptr.dtype.element_ty),
+        mask=stored[:, None] & (dv < DV)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def query_ranges(
+    first_ptr, last_ptr, range_ptr, T, S, N, window, local_blocks, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """For each tile of keys the smallest token range [start, end) outside of which no token sees any of them."""
+    tile = tl.program_id(0)
+    batch = tl.program_id(1)
+    key_start = tile * BLOCK_N
+    key_end = key_start + BLOCK_N - 1
+    earliest = tl.zeros([BLOCK_T], tl.int32) + T
+    latest = tl.zeros([BLOCK_T], tl.int32)
+    for block_start in range(0, T, BLOCK_T):
+        tokens = block_start + tl.arange(0, BLOCK_T)
+        first, last = token_interval(first_ptr, last_ptr, batch, tokens, T, T, S, False, True)
+        low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
+        sees = (low <= key_end) & (high >= key_start)
+        earliest = tl.minimum(earliest, tl.where(sees, tokens, T))
+        latest = tl.maximum(latest, tl.where(sees, tokens + 1, 0))
+    offset = (batch.to(tl.int64) * tl.num_programs(0) + tile) * 2
+    tl.store(range_ptr + offset, tl.min(earliest))
+    tl.store(range_ptr + offset + 1, tl.max(latest))

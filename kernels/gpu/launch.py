@@ -1,0 +1,295 @@
+"""Launches of the flash kernels: which keys a branch has (`KeyGeometry`), tile sizes, and the three calls.
+
+Nothing here looks at a value on the device, so launches can be captured in a CUDA graph.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa_compile.kernels.gpu import flash
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyGeometry:
+    """How a token's visible interval becomes one range of key indices; see `flash.key_range`.
+
+    Args:
+        num_tokens: S, tokens that the keys stand for.
+        length: l, tokens a key stands for (1: the key is a token).
+        stride: d, tokens between neighbouring keys.
+        window: w, tokens at the end of the interval that the range is cut to; 0 does not cut.
+        local_blocks: selection blocks at the end of the interval that the range reaches back to; 0 does not cut.
+        initial: tokens at the start of the keys that are attended to as well.
+        selection_block: l', tokens in a selection block.
+        empty: the range holds no key (what remains are the listed blocks).
+    """
+
+    num_tokens: int
+    length: int = 1
+    stride: int = 1
+    window: int = 0
+    local_blocks: int = 0
+    initial: int = 0
+    selection_block: int = 64
+    empty: bool = False
+
+    def constants(self) -> dict[str, int]:
+        return {"LENGTH": self.length, "STRIDE": self.stride, "SELECTION_BLOCK": self.selection_block}
+
+
+class Intervals(NamedTuple):
+    """What each query sees: `first` and `last` [B, T] int32 or both None (plain), `valid` [B, N] bool or None."""
+
+    first: Tensor | None
+    last: Tensor | None
+    valid: Tensor | None
+    is_causal: bool
+
+    def pointers(self, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three tensors, `unused` standing in for those that are None (the kernel does not read it)."""
+        valid = unused if self.valid is None else self.valid.contiguous().view(torch.uint8)
+        if self.first is None or self.last is None:
+            return unused, unused, valid
+        return self.first, self.last, valid
+
+    def constants(self) -> dict[str, bool]:
+        return {
+            "IS_CAUSAL": self.is_causal,
+            "HAS_INTERVAL": self.first is not None,
+            "HAS_VALID": self.valid is not None,
+        }
+
+
+class ListedPartials(NamedTuple):
+    """Results of the listed blocks of the tokens [start, end), to be merged in; see `selected.attend_listed`."""
+
+    block_indices: Tensor
+    partial: Tensor
+    lse: Tensor | None
+    sub: int  # partials per listed block
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself when its last dimension is contiguous, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def head_constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int | str]:
+    """Compile-time facts about the heads: group size, head sizes and their powers of two, dot precision."""
+    D, DV = query.shape[-1], value.shape[-1]
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "D": D,
+        "DV": DV,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
+
+
+def tile_sizes(stage: str, query: Tensor, value: Tensor) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages of a stage ("forward", "query_gradient", "key_gradient")."""
+    width = max(triton.next_power_of_2(query.shape[-1]), triton.next_power_of_2(value.shape[-1]))
+    if query.element_size() > 2:
+        rows, keys, warps, stages = (64, 32, 4, 2) if width <= 128 else (32, 16, 4, 1)
+    elif stage == "forward":
+        rows, keys, warps, stages = (128, 64, 8, 3) if width <= 128 else (64, 64, 8, 2)
+    elif stage == "query_gradient":
+        rows, keys, warps, stages = (128, 64, 8, 2) if width <= 128 else (64, 32, 8, 2)
+    else:
+        rows, keys, warps, stages = (64, 128, 8, 2) if width <= 128 else (32, 64, 8, 2)
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+
+
+def flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    scale: float,
+    output: Tensor | None,
+    lse: Tensor,
+    tokens: tuple[int, int] | None = None,
+    listed: ListedPartials | None = None,
+) -> None:
+    """Writes output [B, H, T, D_v] and lse [B, H, T] of the tokens [start, end) (all, when None).
+
+    Without `output` only the lse is worked out, and the values are not read.
+
+    Args:
+        query: [B, H, T, D], last dimension contiguous, as for key and value.
+        key: [B, H_kv, N, D], N keys (compressed tokens or tokens).
+        value: [B, H_kv, N, D_v].
+        intervals: what each query sees; `valid` counts keys.
+        geometry: which keys of the interval the branch attends to.
+        scale: factor on the logits.
+        output: contiguous; written.
+        lse: contiguous float32; written, natural logarithm.
+        tokens: the range to compute.
+        listed: results of listed blocks to merge in, for that range.
+    """
+    B, H, T, _ = query.shape
+    start, end = tokens or (0, T)
+    if start == end or B == 0:
+        return
+    sizes = tile_sizes("forward", query, value)
+    grid = (triton.cdiv(end - start, sizes["BLOCK_M"]), B * H)
+    lse_only = output is None
+    output = lse if output is None else output
+    blocks, partial, partial_lse, sub = listed or (lse, output, lse, 1)
+    flash.flash_forward[grid](
+        query, key, value, *intervals.pointers(query), output, lse, blocks, partial, partial_lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
+        start, end, blocks.shape[-1], scale * LOG2_E,
+        SUB=sub, HAS_DENSE=not geometry.empty, HAS_INITIAL=geometry.initial > 0, HAS_PARTIALS=listed is not None,
+        LSE_ONLY=lse_only, **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
+    )  # fmt: skip
+
+
+def output_dot_gradient(output: Tensor, grad: Tensor) -> Tensor:
+    """Σ over D_v of output · grad_output, [B, H, T] float32."""
+    B, H, T, DV = output.shape
+    delta = output.new_empty((B, H, T), dtype=torch.float32)
+    rows = 64
+    if delta.numel():
+        flash.output_dot_gradient[(triton.cdiv(T, rows), B * H)](
+            output, grad, delta, *grad.stride()[:3], H, T,
+            DV=DV, BLOCK_DV=triton.next_power_of_2(DV), BLOCK_M=rows, num_warps=4,
+        )  # fmt: skip
+    return delta
+
+
+def flash_query_gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    scale: float,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_query: Tensor,
+    tokens: tuple[int, int] | None = None,
+    listed: ListedPartials | None = None,
+) -> None:
+    """Writes grad_query [B, H, T, D] of the tokens [start, end); arguments as in `flash_forward`.
+
+    `grad` is the output's gradient, `lse` and `delta` belong to the whole softmax, partials are [B, token, slot, H, D].
+    """
+    B, H, T, _ = query.shape
+    start, end = tokens or (0, T)
+    if start == end or B == 0:
+        return
+    sizes = tile_sizes("query_gradient", query, value)
+    grid = (triton.cdiv(end - start, sizes["BLOCK_M"]), B * H)
+    blocks, partial, _, sub = listed or (lse, grad_query, None, 1)
+    flash.flash_query_gradient[grid](
+        query, key, value, *intervals.pointers(query), grad, lse, delta, grad_query, blocks, partial,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
+        H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
+        start, end, blocks.shape[-1], scale, scale * LOG2_E,
+        SUB=sub, HAS_DENSE=not geometry.empty, HAS_INITIAL=geometry.initial > 0, HAS_PARTIALS=listed is not None,
+        **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
+    )  # fmt: skip
+
+
+def flash_key_gradient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    scale: float,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    base: tuple[Tensor, Tensor] | None = None,
+    initial_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of key [B, H_kv, N, D] and value [B, H_kv, N, D_v]; arguments as in `flash_query_gradient`.
+
+    Args:
+        base: float32 gradients to start from, the keys' not yet multiplied by the scale.
+        initial_only: only the share of the first `geometry.initial` keys, as float32 [B, H_kv, initial, ·] (base-like:
+            the keys' is not multiplied by the scale).
+    """
+    B, H, T, D = query.shape
+    H_kv, N, DV = key.shape[1], key.shape[2], value.shape[-1]
+    constants = head_constants(query, key, value)
+    group = constants["GROUP"]
+    sizes = tile_sizes("key_gradient", query, value)
+    limit = min(geometry.initial, N) if initial_only else N
+    if initial_only:
+        sizes["BLOCK_N"] = min(sizes["BLOCK_N"], max(16, triton.next_power_of_2(limit)))
+    tiles = triton.cdiv(limit, sizes["BLOCK_N"])
+    # Few key tiles (compressed tokens, initial blocks) leave the device idle: split the sum over heads, then over
+    # queries, and add the parts in a fixed order afterwards.
+    head_splits = group if base is None and tiles * B * H_kv < 1024 else 1
+    query_splits = max(1, min(64, T // 2048)) if initial_only else 1
+    splits = head_splits * query_splits
+    dtype = torch.float32 if splits > 1 or initial_only else key.dtype
+    grad_key = key.new_empty((splits, B, H_kv, limit, D), dtype=dtype)
+    grad_value = key.new_empty((splits, B, H_kv, limit, DV), dtype=dtype)
+    if limit == 0 or B == 0:
+        return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+    ranges = _query_ranges(query, intervals, geometry, N, tiles, sizes["BLOCK_N"])
+    base_key, base_value = base or (lse, lse)
+    flash.flash_key_gradient[(tiles, B * H_kv, splits)](
+        query, key, value, *intervals.pointers(query), grad, lse, delta, ranges, base_key, base_value,
+        grad_key, grad_value,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
+        H, T, geometry.num_tokens, N, limit, geometry.window, geometry.local_blocks, geometry.initial, query_splits,
+        1.0 if initial_only else scale, scale * LOG2_E,
+        HEADS=group // head_splits, HAS_BASE=base is not None, INITIAL_ONLY=initial_only,
+        **constants, **geometry.constants(), **intervals.constants(), **sizes,
+    )  # fmt: skip
+    if initial_only:
+        return grad_key.sum(0), grad_value.sum(0)
+    if splits == 1:
+        return grad_key[0], grad_value[0]
+    return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+
+
+def _query_ranges(
+    query: Tensor, intervals: Intervals, geometry: KeyGeometry, num_keys: int, tiles: int, block: int
+) -> Tensor:
+    """Token range that sees each tile of keys, [B, tiles, 2] int32 (unused without intervals)."""
+    B, _, T, _ = query.shape
+    if intervals.first is None:
+        return query
+    ranges = query.new_empty((B, tiles, 2), dtype=torch.int32)
+    flash.query_ranges[(tiles, B)](
+        intervals.first, intervals.last, ranges, T, geometry.num_tokens, num_keys, geometry.window,
+        geometry.local_blocks, **geometry.constants(), BLOCK_N=block, BLOCK_T=1024, num_warps=4,
+    )  # fmt: skip
+    return ranges
+
+
+def flash_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value for a branch that is one range of keys; contiguous, in the inputs' dtype."""
+    grad = contiguous_rows(grad_output)
+    delta = output_dot_gradient(output, grad)
+    grad_query = query.new_empty(query.shape)
+    flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
+    grad_key, grad_value = flash_key_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta)
+    return grad_query, grad_key, grad_value

@@ -1,0 +1,243 @@
+"""Attention to listed blocks, block by block: keys stay in shared memory while the queries that listed them pass by.
+
+A query-major loop (one token walks its own list, as in the paper) fetches every block through L2 once per token.
+Here the lists are inverted: for each block, in token order, the (token, slot) pairs that name it.  A block's keys
+and values are loaded once, its queries stream through, and each (token, slot) leaves a normalised partial output with
+its lse, which `flash.flash_forward` merges.  The gradient kernel is the same loop; it sums the gradients of a
+block's keys and values in registers, in token order, so nothing is atomic and results repeat to the bit.
+
+A selection block longer than BLOCK_S is handled as `sub` blocks, each with a partial of its own.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_compile.kernels.gpu.flash import EMPTY_LOW, key_range, load_tile, routed, token_interval
+
+
+@triton.jit
+def dense_start(
+    first, last, S, window, local_blocks, HAS_DENSE: tl.constexpr, SELECTION_BLOCK: tl.constexpr
+):  # fmt: skip
+    """First key of the contiguous range that another kernel handles; listed blocks count only before it."""
+    if HAS_DENSE:
+        low, _ = key_range(first, last, S, S, window, local_blocks, 1, 1, SELECTION_BLOCK)
+    else:
+        low = first * 0 + EMPTY_LOW
+    return low
+
+
+@triton.jit
+def route_entries(
+    blocks_ptr, first_ptr, last_ptr, key_ptr, T, S, num_blocks, num_listed, H_kv, window, local_blocks, initial,
+    token_start, token_end, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sort key of each list entry: its block, or `num_blocks` where the entry is unused or handled densely."""
+    chunk = token_end - token_start
+    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.program_id(1)
+    tokens = token_start + entries // num_listed
+    inside = entries < chunk * num_listed
+    first, last = token_interval(first_ptr, last_ptr, pair // H_kv, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
+    source = (pair.to(tl.int64) * T + token_start) * num_listed + entries
+    block = tl.load(blocks_ptr + source, mask=inside, other=-1)
+    used = routed(block, low, initial, SELECTION_BLOCK)
+    target = pair.to(tl.int64) * chunk * num_listed + entries
+    tl.store(key_ptr + target, tl.where(used, block, num_blocks), mask=inside)
+
+
+@triton.jit
+def attend_listed(
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, blocks_ptr, order_ptr, bounds_ptr,
+    partial_ptr, partial_lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    H_kv, T, S, num_blocks, num_listed, window, local_blocks, initial, token_start, token_end, scale_log2,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_DENSE: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial output and base-2 lse of the (token, slot) pairs of one block; rows are pairs x heads of the group.
+
+    Writes partial [B, token, slot·SUB + sub, H, DV].  DIRECT: the program's block is that of one pair, without an
+    inverted list, for few tokens (decoding).
+    """
+    pair = tl.program_id(1)
+    batch = pair // H_kv
+    kv_head = pair % H_kv
+    sub = tl.program_id(0) % SUB
+    chunk = token_end - token_start
+    if DIRECT:
+        start = tl.program_id(0) // SUB
+        end = start + 1
+        entry_token = token_start + start // num_listed
+        block = tl.load(blocks_ptr + (pair.to(tl.int64) * T + token_start) * num_listed + start)
+        entry_first, entry_last = token_interval(
+            first_ptr, last_ptr, batch, entry_token, token_end, T, S, IS_CAUSAL, HAS_INTERVAL
+        )
+        entry_low = dense_start(entry_first, entry_last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
+        if not routed(block, entry_low, initial, SELECTION_BLOCK):
+            return
+    else:
+        block = tl.program_id(0) // SUB
+        bounds = bounds_ptr + pair.to(tl.int64) * (num_blocks + 1) + block
+        start = tl.load(bounds) + tl.program_id(2) * SPLIT
+        end = tl.minimum(tl.load(bounds + 1), start + SPLIT)
+        if start >= end:
+            return
+    columns = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    key_start = block * SELECTION_BLOCK + sub * BLOCK_S
+    keys = key_start + columns
+    key_end = tl.minimum((block + 1) * SELECTION_BLOCK, S)
+    inside = keys < key_end
+    key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+    value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
+    key = load_tile(
+        key_base + tl.cast(key_start, tl.int64) * stride_kn, columns, d, stride_kn, inside, D, BLOCK_D, True
+    )
+    value = load_tile(
+        value_base + tl.cast(key_start, tl.int64) * stride_vn, columns, dv, stride_vn, inside, DV, BLOCK_DV, True
+    )
+    if HAS_VALID:
+        inside = inside & (tl.load(valid_ptr + batch.to(tl.int64) * S + keys, mask=inside, other=0) != 0)
+
+    rows = tl.arange(0, BLOCK_M)
+    pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
+    query_base = query_ptr + batch.to(tl.int64) * stride_qb
+    order = order_ptr + pair.to(tl.int64) * chunk * num_listed
+    for tile_start in range(start, end, pairs_per_tile):
+        entries = tile_start + rows // GROUP_BLOCK
+        used = (entries < end) & (rows < pairs_per_tile * GROUP_BLOCK)
+        if DIRECT:
+            packed = entries
+        else:
+            packed = tl.load(order + entries, mask=used, other=0).to(tl.int32)
+        local = packed // num_listed
+        slot = packed % num_listed
+        tokens = token_start + local
+        first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+        low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
+        last = tl.minimum(last, low - 1)
+        seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]) & inside[None, :]
+        for group_start in range(0, GROUP, GROUP_BLOCK):
+            member = group_start + rows % GROUP_BLOCK
+            active = used & (member < GROUP)
+            heads = kv_head * GROUP + member
+            pointers = query_base + heads.to(tl.int64) * stride_qh + tokens.to(tl.int64) * stride_qt
+            query = tl.load(
+                pointers[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0
+            )
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+            logits = tl.where(seen, logits, float("-inf"))
+            maximum = tl.max(logits, 1)
+            reference = tl.where(maximum == float("-inf"), 0.0, maximum)
+            weights = tl.exp2(logits - reference[:, None])
+            total = tl.sum(weights, 1)
+            output = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+            output = output / tl.where(total > 0, total, 1.0)[:, None]
+            lse = tl.where(total > 0, reference + tl.log2(total), float("-inf"))
+            row = ((batch.to(tl.int64) * chunk + local) * num_listed + slot) * SUB + sub
+            row = row * (H_kv * GROUP) + heads
+            tl.store(
+                partial_ptr + row[:, None] * DV + dv[None, :], output.to(partial_ptr.dtype.element_ty),
+                mask=active[:, None] & (dv < DV)[None, :],
+            )  # fmt: skip
+            tl.store(partial_lse_ptr + row, lse, mask=active)
+
+
+@triton.jit
+def listed_gradient(
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, order_ptr, bounds_ptr, grad_ptr, lse_ptr, delta_ptr,
+    partial_ptr, grad_key_ptr, grad_value_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gt,
+    H_kv, T, S, num_blocks, num_listed, window, local_blocks, token_start, token_end, scale, scale_log2,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_DENSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds one block's share to grad_key, grad_value [B, H_kv, S, ·] float32 (keys' without the scale), and writes
+    what it adds to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D]."""
+    pair = tl.program_id(1)
+    batch = pair // H_kv
+    kv_head = pair % H_kv
+    block = tl.program_id(0) // SUB
+    sub = tl.program_id(0) % SUB
+    chunk = token_end - token_start
+    bounds = bounds_ptr + pair.to(tl.int64) * (num_blocks + 1) + block
+    start = tl.load(bounds)
+    end = tl.load(bounds + 1)
+    if start >= end:
+        return
+    columns = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+    key_start = block * SELECTION_BLOCK + sub * BLOCK_S
+    keys = key_start + columns
+    inside = keys < tl.minimum((block + 1) * SELECTION_BLOCK, S)
+    stored = inside
+    key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+    value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
+    key = load_tile(
+        key_base + tl.cast(key_start, tl.int64) * stride_kn, columns, d, stride_kn, inside, D, BLOCK_D, True
+    )
+    value = load_tile(
+        value_base + tl.cast(key_start, tl.int64) * stride_vn, columns, dv, stride_vn, inside, DV, BLOCK_DV, True
+    )
+    if HAS_VALID:
+        inside = inside & (tl.load(valid_ptr + batch.to(tl.int64) * S + keys, mask=inside, other=0) != 0)
+
+    grad_key = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    grad_value = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
+    rows = tl.arange(0, BLOCK_M)
+    pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
+    order = order_ptr + pair.to(tl.int64) * chunk * num_listed
+    for tile_start in range(start, end, pairs_per_tile):
+        entries = tile_start + rows // GROUP_BLOCK
+        used = (entries < end) & (rows < pairs_per_tile * GROUP_BLOCK)
+        packed = tl.load(order + entries, mask=used, other=0).to(tl.int32)
+        local = packed // num_listed
+        slot = packed % num_listed
+        tokens = token_start + local
+        first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+        low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
+        last = tl.minimum(last, low - 1)
+        seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]) & inside[None, :]
+        for group_start in range(0, GROUP, GROUP_BLOCK):
+            member = group_start + rows % GROUP_BLOCK
+            active = used & (member < GROUP)
+            heads = (kv_head * GROUP + member).to(tl.int64)
+            query_rows = query_ptr + batch.to(tl.int64) * stride_qb + heads * stride_qh + tokens.to(tl.int64) * stride_qt
+            grad_rows = grad_ptr + batch.to(tl.int64) * stride_gb + heads * stride_gh + tokens.to(tl.int64) * stride_gt
+            query = tl.load(query_rows[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0)
+            grad = tl.load(grad_rows[:, None] + dv[None, :], mask=active[:, None] & (dv < DV)[None, :], other=0.0)
+            row = (batch.to(tl.int64) * (H_kv * GROUP) + heads) * T + tokens
+            lse = tl.load(lse_ptr + row, mask=active, other=float("-inf"))
+            lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+            delta = tl.load(delta_ptr + row, mask=active, other=0.0)
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+            weights = tl.where(seen, tl.exp2(logits - lse_log2[:, None]), 0.0)
+            grad_value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, grad_value, input_precision=PRECISION)
+            grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+            grad_logits = (weights * (grad_weights - delta[:, None])).to(key.dtype)
+            grad_key = tl.dot(tl.trans(grad_logits), query, grad_key, input_precision=PRECISION)
+            grad_query = tl.dot(grad_logits, key, input_precision=PRECISION) * scale
+            partial_row = ((batch.to(tl.int64) * chunk + local) * num_listed + slot) * SUB + sub
+            partial_row = partial_row * (H_kv * GROUP) + heads
+            tl.store(
+                partial_ptr + partial_row[:, None] * D + d[None, :], grad_query.to(partial_ptr.dtype.element_ty),
+                mask=active[:, None] & (d < D)[None, :],
+            )  # fmt: skip
+
+    row = (pair.to(tl.int64) * S + keys)[:, None]
+    key_out = grad_key_ptr + row * D + d[None, :]
+    value_out = grad_value_ptr + row * DV + dv[None, :]
+    key_mask = stored[:, None] & (d < D)[None, :]
+    value_mask = stored[:, None] & (dv < DV)[None, :]
+    tl.store(key_out, tl.load(key_out, mask=key_mask, other=0.0) + grad_key, mask=key_mask)
+    tl.store(value_out, tl.load(value_out, mask=value_mask, other=0.0) + grad_value, mask=value_mask)

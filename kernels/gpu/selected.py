@@ -1,0 +1,240 @@
+"""Selected branch on CUDA, and joint attention: softmax over listed blocks, with or without the window beside them.
+
+Both are one computation (arXiv 2502.11089, equations 8-12 for the lists): a contiguous range of keys at the end of
+each query's interval goes through the flash kernels, the listed blocks before it through `listed`, and the two meet
+in one softmax.  Joint attention's range is the window; the selected branch's is its forced local blocks when
+the lists are known to hold them, else empty.  Work goes in chunks of queries, so that partial outputs stay small and a
+chunk's queries stay in L2.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa_compile.kernels.gpu import launch, listed
+from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry, ListedPartials
+
+PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
+DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
+SPLIT = 512  # list entries of one block that a forward program handles
+
+
+def selected_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    key_valid: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    selection_block: int,
+    num_initial: int = 0,
+    num_local: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of query [B, H, T, D] to the visible keys of its listed blocks [B, H_kv, T, n].
+
+    With num_initial or num_local, every list is known to hold those forced blocks, as `select_blocks` makes them.
+
+    Returns:
+        output [B, H, T, D_v], and lse [B, H, T] float32, natural logarithm, −inf where nothing is visible.
+    """
+    intervals = Intervals(first_key, last_key, key_valid, is_causal)
+    geometry = _selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
+    return listed_forward(query, key, value, block_indices, intervals, geometry, scale)
+
+
+def selected_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    key_valid: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    selection_block: int,
+    num_initial: int = 0,
+    num_local: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value."""
+    intervals = Intervals(first_key, last_key, key_valid, is_causal)
+    geometry = _selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
+    return listed_backward(grad_output, query, key, value, block_indices, intervals, geometry, scale, output, lse)
+
+
+def _selected_geometry(
+    intervals: Intervals, num_keys: int, selection_block: int, num_initial: int, num_local: int
+) -> KeyGeometry:
+    plain = intervals.first is None and intervals.valid is None and intervals.is_causal
+    if plain and num_local:
+        return KeyGeometry(
+            num_keys, local_blocks=num_local, initial=min(num_initial * selection_block, num_keys), selection_block=selection_block
+        )
+    return KeyGeometry(num_keys, selection_block=selection_block, empty=True)
+
+
+def _sub_block(selection_block: int) -> tuple[int, int]:
+    """Keys that a program holds at a time, and how many such parts a selection block has."""
+    size = min(max(16, triton.next_power_of_2(selection_block)), 64)
+    return size, triton.cdiv(selection_block, size)
+
+
+def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool) -> dict[str, int]:
+    """Rows (pairs x heads), heads handled together, warps and stages of the listed kernels."""
+    width = max(triton.next_power_of_2(query.shape[-1]), triton.next_power_of_2(value.shape[-1]))
+    rows = 64 if query.element_size() > 2 or width > 128 or backward else 128
+    group_block = min(group, rows)
+    if direct:
+        rows = max(16, triton.next_power_of_2(group_block))
+    warps = 4 if rows <= 64 else 8
+    return {"BLOCK_M": rows, "GROUP_BLOCK": group_block, "num_warps": warps, "num_stages": 2 if width <= 128 else 1}
+
+
+class _InvertedLists:
+    """For the tokens [start, end): list entries of each KV head sorted by block, then by token.
+
+    order [B, H_kv, chunk·n] int64 holds entries (token − start)·n + slot; bounds [B, H_kv, N_blk + 1] int32 says where
+    each block's entries start.  Unused entries sort behind the last block.
+    """
+
+    def __init__(
+        self, block_indices: Tensor, intervals: Intervals, geometry: KeyGeometry, tokens: tuple[int, int]
+    ) -> None:
+        B, H_kv, T, n = block_indices.shape
+        start, end = tokens
+        num_blocks = triton.cdiv(geometry.num_tokens, geometry.selection_block)
+        keys = block_indices.new_empty((B, H_kv, (end - start) * n))
+        size = 1024
+        first, last, _ = intervals.pointers(block_indices)
+        constants = intervals.constants()
+        del constants["HAS_VALID"]
+        listed.route_entries[(triton.cdiv(keys.shape[-1], size), B * H_kv)](
+            block_indices, first, last, keys, T, geometry.num_tokens, num_blocks, n, H_kv, geometry.window,
+            geometry.local_blocks, geometry.initial, start, end, HAS_DENSE=not geometry.empty,
+            SELECTION_BLOCK=geometry.selection_block, BLOCK=size, **constants,
+        )  # fmt: skip
+        ordered, self.order = keys.sort(dim=-1, stable=True)
+        edges = torch.arange(num_blocks + 1, dtype=torch.int32, device=keys.device).expand(B, H_kv, -1).contiguous()
+        self.bounds = torch.searchsorted(ordered, edges, out_int32=True)
+
+
+def _chunks(query: Tensor, width: int, slots: int) -> list[tuple[int, int]]:
+    """Token ranges whose partial outputs of `width` numbers a head and slot stay below PARTIAL_BYTES."""
+    B, H, T, _ = query.shape
+    per_token = max(1, B * H * slots * width * query.element_size())
+    size = max(256, PARTIAL_BYTES // per_token // 256 * 256)
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def listed_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse of one softmax over the geometry's range of keys and the listed blocks before it."""
+    query, key, value = map(launch.contiguous_rows, (query, key, value))
+    block_indices = block_indices.contiguous()
+    B, H, T, _ = query.shape
+    H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
+    n = block_indices.shape[-1]
+    output = query.new_empty((B, H, T, DV))
+    lse = query.new_empty((B, H, T), dtype=torch.float32)
+    block_size, sub = _sub_block(geometry.selection_block)
+    num_blocks = triton.cdiv(S, geometry.selection_block)
+    constants = launch.head_constants(query, key, value)
+    direct = T * n <= DIRECT_ENTRIES
+    tile = _tile(query, value, constants["GROUP"], direct, backward=False)
+    for start, end in _chunks(query, DV, n * sub):
+        chunk = end - start
+        partial = query.new_empty((B, chunk, n * sub, H, DV))
+        partial_lse = query.new_empty((B, chunk, n * sub, H), dtype=torch.float32)
+        if B and S:
+            if direct:
+                order, bounds = block_indices, block_indices
+                grid = (chunk * n * sub, B * H_kv)
+            else:
+                inverted = _InvertedLists(block_indices, intervals, geometry, (start, end))
+                order, bounds = inverted.order, inverted.bounds
+                grid = (num_blocks * sub, B * H_kv, triton.cdiv(chunk, SPLIT))
+            listed.attend_listed[grid](
+                query, key, value, *intervals.pointers(query), block_indices, order, bounds, partial, partial_lse,
+                *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+                H_kv, T, S, num_blocks, n, geometry.window, geometry.local_blocks, geometry.initial, start, end,
+                scale * launch.LOG2_E,
+                SPLIT=SPLIT, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block,
+                HAS_DENSE=not geometry.empty, DIRECT=direct, **constants, **intervals.constants(), **tile,
+            )  # fmt: skip
+        launch.flash_forward(
+            query, key, value, intervals, geometry, scale, output, lse, (start, end),
+            ListedPartials(block_indices, partial, partial_lse, sub),
+        )  # fmt: skip
+    return output, lse
+
+
+def listed_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value for `listed_forward`."""
+    query, key, value, grad = map(launch.contiguous_rows, (query, key, value, grad_output))
+    block_indices = block_indices.contiguous()
+    B, H, T, D = query.shape
+    H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
+    n = block_indices.shape[-1]
+    delta = launch.output_dot_gradient(output, grad)
+    grad_query = query.new_empty(query.shape)
+    grad_key = torch.zeros((B, H_kv, S, D), dtype=torch.float32, device=key.device)
+    grad_value = torch.zeros((B, H_kv, S, DV), dtype=torch.float32, device=key.device)
+    block_size, sub = _sub_block(geometry.selection_block)
+    num_blocks = triton.cdiv(S, geometry.selection_block)
+    constants = launch.head_constants(query, key, value)
+    tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
+    for start, end in _chunks(query, D, n * sub):
+        partial = query.new_empty((B, end - start, n * sub, H, D))
+        if B and S:
+            inverted = _InvertedLists(block_indices, intervals, geometry, (start, end))
+            listed.listed_gradient[(num_blocks * sub, B * H_kv)](
+                query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds, grad, lse, delta,
+                partial, grad_key, grad_value,
+                *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
+                H_kv, T, S, num_blocks, n, geometry.window, geometry.local_blocks, start, end,
+                scale, scale * launch.LOG2_E,
+                SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block,
+                HAS_DENSE=not geometry.empty, **constants, **intervals.constants(), **tile,
+            )  # fmt: skip
+        launch.flash_query_gradient(
+            query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query, (start, end),
+            ListedPartials(block_indices, partial, None, sub),
+        )  # fmt: skip
+    if geometry.empty:
+        return grad_query, (grad_key * scale).to(key.dtype), grad_value.to(value.dtype)
+    if geometry.initial:
+        initial_key, initial_value = launch.flash_key_gradient(
+            query, key, value, intervals, geometry, scale, grad, lse, delta, initial_only=True
+        )
+        grad_key[:, :, : initial_key.shape[2]] += initial_key
+        grad_value[:, :, : initial_value.shape[2]] += initial_value
+    grad_key, grad_value = launch.flash_key_gradient(
+        query, key, value, intervals, geometry, scale, grad, lse, delta, base=(grad_key, grad_value)
+    )
+    return grad_query, grad_key, grad_value

@@ -1,0 +1,224 @@
+"""Choosing blocks on CUDA: exact float32 block scores, then the top n (arXiv 2502.11089, equations 8-12).
+
+Two kernels per chunk of queries.  `block_scores` holds a tile of compressed keys and lets the heads of the group pass
+by, so that the sum over heads happens in registers and no group is padded; probabilities never reach memory, only
+their sums per block do, twice: what a block's compressed tokens give to the block itself, and what the last
+of them, which reach over its end, give to the next.  `top_blocks` adds the two and takes the best.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_compile.kernels.gpu import launch
+from nsa_compile.kernels.gpu.flash import key_range, load_tile, token_interval
+
+SCORE_BYTES = 1 << 28  # a chunk's scores: bounds extra memory
+
+
+@triton.jit
+def block_scores(
+    query_ptr, key_ptr, lse_ptr, first_ptr, last_ptr, valid_ptr, own_ptr, next_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn,
+    H_kv, T, S, N, num_blocks, token_start, token_end, scale_log2,
+    GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes own and next [B, H_kv, token, N_blk]: sums over the group's heads of probability x overlap / STRIDE.
+
+    A column is one compressed token; BLOCK_R columns, the first PER_BLOCK of them in use, make one selection block.
+    Tiles that no token of the program sees are left unwritten; `top_blocks` does not read them.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    pair = tl.program_id(2)
+    batch = pair // H_kv
+    kv_head = pair % H_kv
+    rows = tl.arange(0, BLOCK_M)
+    tile_start = token_start + tile * BLOCK_M
+    tokens = tile_start + rows
+    stored = tokens < token_end
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    low, high = key_range(first, last, S, N, 0, 0, LENGTH, STRIDE, 1)
+    blocks_per_tile: tl.constexpr = BLOCK_N // BLOCK_R
+    block_start = tl.program_id(1) * blocks_per_tile
+    columns = tl.arange(0, BLOCK_N)
+    keys = (block_start + columns // BLOCK_R) * PER_BLOCK + columns % BLOCK_R
+    in_block = columns % BLOCK_R < PER_BLOCK
+    tile_low = block_start * PER_BLOCK
+    if (tl.max(high) < tile_low) | (tl.min(low) >= tile_low + blocks_per_tile * PER_BLOCK):
+        return
+    d = tl.arange(0, BLOCK_D)
+    inside = in_block & (keys < N)
+    key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
+    key = load_tile(
+        key_base + tl.cast(tile_low, tl.int64) * stride_kn, keys - tile_low, d, stride_kn, inside, D, BLOCK_D, True
+    )
+    if HAS_VALID:
+        inside = inside & (tl.load(valid_ptr + batch.to(tl.int64) * N + keys, mask=inside, other=0) != 0)
+    seen = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None]) & inside[None, :]
+    query_base = query_ptr + batch.to(tl.int64) * stride_qb + tile_start.to(tl.int64) * stride_qt
+    probability = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for member in range(GROUP):
+        head = (kv_head * GROUP + member).to(tl.int64)
+        query = load_tile(query_base + head * stride_qh, rows, d, stride_qt, stored, D, BLOCK_D, True)
+        lse = tl.load(lse_ptr + (batch.to(tl.int64) * (H_kv * GROUP) + head) * T + tokens, mask=stored, other=0.0)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+        probability += tl.exp2(logits - (lse * 1.4426950408889634)[:, None])
+    probability = tl.where(seen, probability, 0.0)
+
+    reach: tl.constexpr = LENGTH // STRIDE
+    place = tl.arange(0, BLOCK_R)
+    own_weight = tl.minimum(PER_BLOCK - place, reach).to(tl.float32)
+    next_weight = tl.maximum(place + reach - PER_BLOCK, 0).to(tl.float32)
+    by_block = tl.reshape(probability, [BLOCK_M, blocks_per_tile, BLOCK_R])
+    own = tl.sum(by_block * own_weight[None, None, :], 2)
+    following = tl.sum(by_block * next_weight[None, None, :], 2)
+    blocks = block_start + tl.arange(0, blocks_per_tile)
+    row = pair.to(tl.int64) * (token_end - token_start) + (tokens - token_start)
+    offset = row[:, None] * num_blocks + blocks[None, :]
+    mask = stored[:, None] & (blocks < num_blocks)[None, :]
+    tl.store(own_ptr + offset, own, mask=mask)
+    tl.store(next_ptr + offset, following, mask=mask)
+
+
+@triton.jit
+def top_blocks(
+    own_ptr, next_ptr, first_ptr, last_ptr, valid_ptr, count_ptr, output_ptr,
+    H_kv, T, S, N, num_blocks, token_start, token_end,
+    LENGTH: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
+    NUM_SELECTED: tl.constexpr, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
+):  # fmt: skip
+    """The best NUM_SELECTED blocks of one token: forced ones first, then by score, ties to the later block; ascending.
+
+    valid [B, N_blk] says whether a block holds a valid key, count [B, N_blk + 1] how many such blocks come before.
+    """
+    token = token_start + tl.program_id(0)
+    pair = tl.program_id(1)
+    batch = pair // H_kv
+    tokens = token + tl.arange(0, 1)
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    low, high = key_range(first, last, S, N, 0, 0, LENGTH, STRIDE, 1)
+    first_seen = tl.max(tl.maximum(first, 0))
+    last_seen = tl.max(tl.minimum(last, S - 1))
+    low_block = first_seen // SELECTION_BLOCK
+    high_block = tl.where(last_seen >= first_seen, last_seen // SELECTION_BLOCK, -1)
+    own_low = tl.max(low) // PER_BLOCK
+    own_high = tl.where(tl.max(high) < 0, -1, tl.max(high) // PER_BLOCK)
+
+    blocks = tl.arange(0, WIDTH)
+    candidate = (blocks >= low_block) & (blocks <= high_block)
+    row = (pair.to(tl.int64) * (token_end - token_start) + tl.program_id(0)) * num_blocks
+    scored = (blocks >= own_low) & (blocks <= own_high)
+    score = tl.load(own_ptr + row + blocks, mask=scored, other=0.0)
+    reached = (blocks - 1 >= own_low) & (blocks - 1 <= own_high)
+    score += tl.load(next_ptr + row + blocks - 1, mask=reached, other=0.0)
+    if HAS_VALID:
+        valid_base = valid_ptr + batch.to(tl.int64) * num_blocks
+        count_base = count_ptr + batch.to(tl.int64) * (num_blocks + 1)
+        candidate = candidate & (tl.load(valid_base + blocks, mask=candidate, other=0) != 0)
+        before = tl.load(count_base + blocks, mask=candidate, other=0)
+        from_start = before - tl.load(count_base + tl.minimum(low_block, num_blocks))
+        from_end = tl.load(count_base + tl.maximum(high_block + 1, 0)) - 1 - before
+    else:
+        from_start = blocks - low_block
+        from_end = high_block - blocks
+    forced = (from_start < NUM_INITIAL) | (from_end < NUM_LOCAL)
+    score = tl.where(candidate, tl.where(forced, float("inf"), score), -1.0)
+
+    slots = tl.arange(0, SLOTS)
+    chosen = tl.full([SLOTS], 2147483647, tl.int32)
+    for slot in range(NUM_SELECTED):
+        best = tl.max(score, 0)
+        block = tl.max(tl.where((score == best) & (score >= 0.0), blocks, -1), 0)
+        chosen = tl.where(slots == slot, block, chosen)
+        score = tl.where(blocks == block, -1.0, score)
+    chosen = tl.sort(tl.where(chosen < 0, 2147483647, chosen))
+    chosen = tl.where(chosen == 2147483647, -1, chosen)
+    target = (pair.to(tl.int64) * T + token) * NUM_SELECTED + slots
+    tl.store(output_ptr + target, chosen, mask=slots < NUM_SELECTED)
+
+
+def select_blocks(
+    query: Tensor,
+    compressed_key: Tensor,
+    lse: Tensor | None,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    compressed_valid: Tensor | None,
+    block_valid: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    block_length: int,
+    block_stride: int,
+    selection_block: int,
+    num_selected: int,
+    num_initial: int,
+    num_local: int,
+    num_keys: int,
+) -> Tensor:
+    """Lists of selected blocks [B, H_kv, T, n] int32, ascending, padded with −1.
+
+    query [B, H, T, D], compressed_key [B, H_kv, N_cmp, D]; lse [B, H, T] is the compressed branch's, worked out here
+    when None.  Intervals are tightened to valid keys.
+    """
+    query, compressed_key = launch.contiguous_rows(query), launch.contiguous_rows(compressed_key)
+    B, H, T, _ = query.shape
+    H_kv, N = compressed_key.shape[1], compressed_key.shape[2]
+    num_blocks = triton.cdiv(num_keys, selection_block)
+    output = query.new_empty((B, H_kv, T, num_selected), dtype=torch.int32)
+    if output.numel() == 0:
+        return output
+    if num_blocks == 0:
+        return output.fill_(-1)
+    intervals = launch.Intervals(first_key, last_key, compressed_valid, is_causal)
+    geometry = launch.KeyGeometry(num_keys, block_length, block_stride)
+    if lse is None and N:
+        lse = query.new_empty((B, H, T), dtype=torch.float32)
+        launch.flash_forward(query, compressed_key, compressed_key, intervals, geometry, scale, None, lse)
+    first, last, compressed = intervals.pointers(query)
+    constants = intervals.constants()
+    heads = launch.head_constants(query, compressed_key, compressed_key)
+    per_block = selection_block // block_stride
+    block_r = triton.next_power_of_2(per_block)
+    wide = query.element_size() == 2 and heads["BLOCK_D"] <= 128
+    columns = max(block_r, 128 if wide else 32)
+    rows = 64 if wide else 32
+    if block_valid is not None:
+        valid = block_valid.contiguous().view(torch.uint8)
+        count = torch.nn.functional.pad(valid.cumsum(-1, dtype=torch.int32), (1, 0))
+    else:
+        valid = count = query
+    per_token = B * H_kv * num_blocks * 4
+    size = max(256, SCORE_BYTES // (2 * per_token) // 256 * 256)
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        own = query.new_empty((B, H_kv, end - start, num_blocks), dtype=torch.float32)
+        following = torch.empty_like(own)
+        if N:
+            # Without intervals no token of the chunk sees a block after its own.
+            seen_keys = min(num_keys, end) if is_causal and first_key is None else num_keys
+            column_tiles = triton.cdiv(triton.cdiv(seen_keys, selection_block), columns // block_r)
+            block_scores[(triton.cdiv(end - start, rows), column_tiles, B * H_kv)](
+                query, compressed_key, lse, first, last, compressed, own, following,
+                *query.stride()[:3], *compressed_key.stride()[:3],
+                H_kv, T, num_keys, N, num_blocks, start, end, scale * launch.LOG2_E,
+                GROUP=heads["GROUP"], LENGTH=block_length, STRIDE=block_stride, PER_BLOCK=per_block, BLOCK_R=block_r,
+                D=heads["D"], BLOCK_D=heads["BLOCK_D"], BLOCK_M=rows, BLOCK_N=columns, PRECISION=heads["PRECISION"],
+                num_warps=4, num_stages=3 if wide else 1, **constants,
+            )  # fmt: skip
+        width = triton.next_power_of_2(num_blocks)
+        if is_causal and first_key is None:
+            width = triton.next_power_of_2(triton.cdiv(min(num_keys, end), selection_block))
+        top_blocks[(end - start, B * H_kv)](
+            own, following, first, last, valid, count, output, H_kv, T, num_keys, N, num_blocks, start, end,
+            LENGTH=block_length, STRIDE=block_stride, PER_BLOCK=per_block, SELECTION_BLOCK=selection_block,
+            NUM_SELECTED=num_selected, NUM_INITIAL=num_initial, NUM_LOCAL=num_local,
+            SLOTS=triton.next_power_of_2(num_selected), WIDTH=width,
+            IS_CAUSAL=is_causal, HAS_INTERVAL=first_key is not None, HAS_VALID=block_valid is not None,
+            num_warps=1 if width <= 1024 else 4,
+        )  # fmt: skip
+    return output

@@ -1,0 +1,54 @@
+"""Window branch on CUDA: softmax attention over the last w visible positions (arXiv 2502.11089, section 3.3.3).
+
+Same functions and arguments as the operators; query [B, H, T, D], key [B, H_kv, S, D], value [B, H_kv, S, D_v].
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_compile.kernels.gpu import launch
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    key_valid: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns output [B, H, T, D_v] and lse [B, H, T] float32, natural logarithm, −inf where nothing is visible."""
+    query, key, value = map(launch.contiguous_rows, (query, key, value))
+    B, H, T, _ = query.shape
+    output = query.new_empty((B, H, T, value.shape[-1]))
+    lse = query.new_empty((B, H, T), dtype=torch.float32)
+    intervals = launch.Intervals(first_key, last_key, key_valid, is_causal)
+    geometry = launch.KeyGeometry(key.shape[2], window=window)
+    launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse)
+    return output, lse
+
+
+def window_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    key_valid: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value."""
+    query, key, value = map(launch.contiguous_rows, (query, key, value))
+    intervals = launch.Intervals(first_key, last_key, key_valid, is_causal)
+    geometry = launch.KeyGeometry(key.shape[2], window=window)
+    return launch.flash_backward(grad_output, query, key, value, intervals, geometry, scale, output, lse)
