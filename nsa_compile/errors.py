@@ -55,3 +55,7 @@ class UnsupportedGraphError(NSAError):
 
 class ModelLoadError(NSAError):
     """A model named on the command line cannot be loaded."""
+
+
+class InternalError(NSAError):
+    """A pass failed on a graph that it should have rewritten or declined: a bug of nsa_compile, not of the model."""
