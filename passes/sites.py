@@ -39,6 +39,8 @@ class Reason(enum.Enum):
     MASK_IS_INPUT = "The mask comes from outside the graph, so nothing about it can be proved."
     MASK_NOT_PROVED = "The mask's construction uses an operation that the prover cannot follow."
     MASK_NOT_INTERVAL = "The mask is understood, but the keys visible to a query are not one interval less padding."
+    MUTATED_MASK = "The mask, or what it is made of, is written in place in a way that leaves its values unknown."
+    UNSORTED_DOCUMENTS = "Documents are told apart by ids that are not proved to be in order."
     MASK_DEPENDS_ON_HEAD = "The mask differs between heads."
     ADDITIVE_BIAS = "The mask adds values other than 0 and minus infinity to the scores."
     ALIBI = "A bias that grows with distance (ALiBi) is added to the scores."

@@ -1,0 +1,86 @@
+"""Where queries and keys come from: one sequence, or two."""
+
+import enum
+import re
+
+import networkx as nx
+import torch
+from torch import fx
+
+from nsa_compile.passes.calls import operation
+from nsa_compile.passes.metadata import dtype_of, recorded_value, shape_of
+from nsa_compile.passes.sites import AttentionSite
+from nsa_compile.passes.views import is_view
+from nsa_compile.passes.writers import Writers
+
+_SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
+# Names that tracers give to parameters and buffers: Dynamo's, and torch.export's prefixes.
+_PARAMETER_NAME = re.compile(r"_(parameters|buffers)_|^(p|b|c)_")
+
+
+class Relation(enum.Enum):
+    """How a site's keys relate to its queries."""
+
+    SAME_SEQUENCE = "same sequence"
+    DIFFERENT_SEQUENCES = "different sequences"
+    UNKNOWN = "unknown"
+
+
+class ActivationFlow:
+    """How activations flow through one graph, except through attentions.
+
+    Parameters, positions and masks are no activations, and the output of an attention does not count as coming
+    from its inputs: an encoder and a decoder share the former, and an earlier cross-attention would join the latter.
+    Caches are followed to what is written into them.
+
+    Args:
+        graph_module: owner of the graph.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self._flow: nx.DiGraph[fx.Node] = nx.DiGraph()
+        probabilities: set[fx.Node] = set()
+        for node in graph_module.graph.nodes:
+            if operation(node) in _SOFTMAX or (is_view(node) and not probabilities.isdisjoint(node.all_input_nodes)):
+                probabilities.add(node)
+            elif probabilities.isdisjoint(node.all_input_nodes) and "attention" not in operation(node):
+                self._add(node)
+        for writer, base in Writers(graph_module).writes():
+            self._flow.add_edges_from((read, base) for read in writer.all_input_nodes if read in self._flow)
+
+    def relate(self, site: AttentionSite) -> Relation:
+        """Tells whether a site's keys are computed from the sequence that its queries are computed from."""
+        queries, keys = self._origins(site.query.node), self._origins(site.key.node)
+        if queries & keys:
+            return Relation.SAME_SEQUENCE
+        if all(node.op == "placeholder" for node in queries | keys):
+            return Relation.UNKNOWN
+        return Relation.DIFFERENT_SEQUENCES
+
+    def _origins(self, node: fx.Node) -> set[fx.Node]:
+        return nx.ancestors(self._flow, node) | {node} if node in self._flow else set()
+
+    def _add(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            is_activation = not _is_parameter(node) and _is_floating(node)
+        else:
+            inputs = [read for read in node.all_input_nodes if read in self._flow]
+            self._flow.add_edges_from((read, node) for read in inputs)
+            is_activation = bool(inputs) or any(_is_weight(read) for read in node.all_input_nodes)
+        if is_activation:
+            self._flow.add_node(node)
+
+
+def _is_floating(node: fx.Node) -> bool:
+    dtype = dtype_of(node)
+    return dtype is not None and dtype.is_floating_point
+
+
+def _is_weight(node: fx.Node) -> bool:
+    return _is_parameter(node) and _is_floating(node) and len(shape_of(node) or ()) >= 2
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    if node.op == "get_attr" or isinstance(recorded_value(node), torch.nn.Parameter):
+        return True
+    return node.op == "placeholder" and _PARAMETER_NAME.search(node.name) is not None

@@ -1,0 +1,97 @@
+"""New nodes: placed before a given one, with everything recorded that a tracer would have recorded."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+
+from nsa_compile.passes.metadata import VALUE_KEYS, fake_mode_of, recorded_value, tensor_of, value_key
+from nsa_compile.passes.sites import Operand, Shape, Step
+from nsa_compile.passes.writers import writes_memory
+
+# What is recorded of one node's value, and is another's for a new node.
+_OWN_META = (*VALUE_KEYS, "tensor_meta", "unbacked_bindings", "torch_fn", "source_fn_stack", "original_aten")
+
+
+class Emitter:
+    """Adds nodes to a graph before one of its nodes.
+
+    Args:
+        graph_module: owner of the graph.
+        origin: the node that the new ones stand before, and whose module and source lines they inherit.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, origin: fx.Node) -> None:
+        self._graph = graph_module.graph
+        self._origin = origin
+        self._key = value_key(origin)
+        self._mode = fake_mode_of(self._graph)
+
+    def operand(self, operand: Operand) -> fx.Node:
+        """Emits the views that bring an operand into the operator's layout; its last dimension becomes contiguous."""
+        node = operand.node
+        for step in operand.steps:
+            node = self.step(node, step)
+        tensor = tensor_of(node)
+        if tensor is not None and not isinstance(tensor.stride(-1), torch.SymInt) and tensor.stride(-1) != 1:
+            node = self.step(node, Step(torch.ops.aten.contiguous.default))
+        return node
+
+    def step(self, node: fx.Node, step: Step) -> fx.Node:
+        """Emits one view."""
+        value = None
+        if self._mode is not None and tensor_of(node) is not None:
+            with self._mode, torch.no_grad():
+                value = step.target(recorded_value(node), *step.args)
+        return self.call(step.target, (node, *step.args), {}, value)
+
+    def attention(self, tensors: Sequence[fx.Node], attributes: Mapping[str, Any], shape: Shape) -> fx.Node:
+        """Emits the operator.
+
+        Args:
+            tensors: query, key and value in the operator's layout.
+            attributes: its other arguments.
+            shape: `[B, H, T, D_v]`, the output's shape; it is contiguous and has the query's dtype.
+        """
+        query = tensor_of(tensors[0])
+        value = None
+        if self._mode is not None and query is not None:
+            with self._mode, torch.no_grad():
+                value = query.new_empty(shape)
+        return self.call(torch.ops.nsa.attention.default, tuple(tensors), dict(attributes), value)
+
+    def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
+        """Emits a call whose result is recorded as `value`."""
+        with self._graph.inserting_before(self._origin):
+            node = self._graph.call_function(target, args, kwargs)
+        node.meta = {name: entry for name, entry in self._origin.meta.items() if name not in _OWN_META}
+        if self._key is not None and value is not None:
+            node.meta[self._key] = value
+            if "tensor_meta" in self._origin.meta and isinstance(value, torch.Tensor):
+                node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+        return node
+
+
+def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list[fx.Node]:
+    """Erases nodes that lost their last user, and what only they used.
+
+    `Graph.eliminate_dead_code` would also take calls of in-place methods, which nothing marks as impure.
+
+    Returns:
+        Placeholders that are without users now; they stay.
+    """
+    unused: list[fx.Node] = []
+    pending = list(orphans)
+    while pending:
+        node = pending.pop()
+        if node.users or node.graph is not graph_module.graph or node._erased:
+            continue
+        if node.op == "placeholder":
+            unused.append(node)
+        elif node.op == "get_attr" or not (node.is_impure() or writes_memory(graph_module, node)):
+            inputs = node.all_input_nodes
+            graph_module.graph.erase_node(node)
+            pending.extend(inputs)
+    return unused

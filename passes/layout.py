@@ -1,0 +1,99 @@
+"""Bringing tensors from the layout a model has them in to the operator's, and back."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from nsa_compile.passes.axes import Axis, Dimension, Dimensions, leaves, resolved, size_of
+from nsa_compile.passes.metadata import shape_of
+from nsa_compile.passes.sites import Operand, Step
+
+_aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledTensor:
+    """A tensor of the graph with its dimensions in axes of the attention.
+
+    Attributes:
+        node: the tensor.
+        dims: its dimensions, outermost first.
+    """
+
+    node: fx.Node
+    dims: Dimensions
+
+    @property
+    def axes(self) -> frozenset[Axis]:
+        """The unsplit axes that the tensor depends on."""
+        return frozenset(leaves(axis for dim in self.dims for axis in dim))
+
+
+def arrange(dims: Dimensions, target: Dimensions) -> "tuple[Step, ...] | None":
+    """Finds the views that bring a tensor's dimensions to others made of the same axes.
+
+    Args:
+        dims: the tensor's dimensions.
+        target: the wanted ones; empty dimensions have size 1.
+
+    Returns:
+        The views, none where the dimensions are as wanted already; None where no views do it.
+    """
+    have, want = resolved(dims), resolved(target)
+    if have == want:
+        return ()
+    if set(leaves(axis for dim in have for axis in dim)) != set(leaves(axis for dim in want for axis in dim)):
+        return None
+    steps: list[Step] = []
+    current = list(have)
+    for position in reversed(range(len(current))):
+        dim = current[position]
+        if not dim:
+            steps.append(Step(_aten.squeeze.dim, (position,)))
+            del current[position]
+        elif dim not in want and len(dim) > 1:
+            sizes = _sizes_with_one_left_open(dim)
+            if sizes is None:
+                return None
+            steps.append(Step(_aten.unflatten.int, (position, sizes)))
+            current[position : position + 1] = [(axis,) for axis in dim]
+    filled = [dim for dim in want if dim]
+    wanted = [piece for dim in filled for piece in ([dim] if dim in current else [(axis,) for axis in dim])]
+    order = [current.index(piece) for piece in wanted]
+    if order != sorted(order):
+        steps.append(Step(_aten.permute.default, (order,)))
+    for position, dim in enumerate(want):
+        if not dim:
+            steps.append(Step(_aten.unsqueeze.default, (position,)))
+        elif dim not in current and len(dim) > 1:
+            steps.append(Step(_aten.flatten.using_ints, (position, position + len(dim) - 1)))
+    return tuple(steps)
+
+
+def _sizes_with_one_left_open(dim: Dimension) -> "list[int] | None":
+    symbolic = [i for i, axis in enumerate(dim) if not isinstance(axis.size, int)]
+    if len(symbolic) > 1:
+        return None
+    open_position = symbolic[0] if symbolic else 0
+    return [-1 if i == open_position else axis.size for i, axis in enumerate(dim)]
+
+
+def operand(candidates: Sequence[LabelledTensor], target: Dimensions) -> Operand | None:
+    """Chooses, of nodes that hold the same tensor in other layouts, the one that needs the fewest views.
+
+    Args:
+        candidates: the tensor in each layout; among equals the first is taken.
+        target: the wanted dimensions.
+
+    Returns:
+        The operand; None where no candidate can be brought to `target`.
+    """
+    best: Operand | None = None
+    for tensor in candidates:
+        steps = arrange(tensor.dims, target)
+        if steps is not None and (best is None or len(steps) < len(best.steps)):
+            shape = shape_of(tensor.node) if not steps else None
+            best = Operand(tensor.node, tuple(shape or map(size_of, resolved(target))), steps)
+    return best

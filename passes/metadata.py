@@ -1,0 +1,135 @@
+"""What a graph records about its values: shapes, dtypes, devices, the module that owns a node."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from nsa_compile.passes.sites import Place, Scope, Shape, Size
+
+# Where tracers record a node's value: Dynamo under the first name, export and the propagation passes under the second.
+VALUE_KEYS = ("example_value", "val")
+
+
+def recorded_value(node: Any) -> Any:
+    """Returns what the tracer recorded for a node (a fake tensor, a SymInt, …), the thing itself if it is no node."""
+    if not isinstance(node, fx.Node):
+        return node
+    for key in VALUE_KEYS:
+        if node.meta.get(key) is not None:
+            return node.meta[key]
+    return None
+
+
+def value_key(node: fx.Node) -> str | None:
+    """Returns the name under which the node's value is recorded; None where it is not."""
+    return next((key for key in VALUE_KEYS if node.meta.get(key) is not None), None)
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """Returns the recorded tensor of a node; None for anything else."""
+    value = recorded_value(node)
+    return value if isinstance(node, fx.Node) and isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: Any) -> Shape | None:
+    """Returns the symbolic shape of a node's tensor; None where the graph does not say."""
+    tensor = tensor_of(node)
+    if tensor is not None:
+        return tuple(tensor.shape)
+    recorded = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    shape = getattr(recorded, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    """Returns the dtype of a node's tensor; None where the graph does not say."""
+    tensor = tensor_of(node)
+    if tensor is not None:
+        return tensor.dtype
+    recorded = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    return getattr(recorded, "dtype", None)
+
+
+def number_of(value: Any) -> "float | int | bool | None":
+    """Returns the number that a constant, or a node whose recorded value is fixed, stands for; None otherwise.
+
+    Reads only: a symbolic value is a number here only if the shape environment has already fixed it.
+    """
+    value = recorded_value(value)
+    if isinstance(value, int | float | bool):
+        return value
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        expression = value.node.expr
+        if expression.is_number or expression.is_Boolean and expression.is_Atom and not expression.is_Symbol:
+            return value.node.pytype(expression)
+    return None
+
+
+def same_size(left: Size, right: Size) -> bool:
+    """Tells whether two sizes are equal for every input, without adding a guard."""
+    return bool(statically_known_true(left == right))
+
+
+def same_shape(left: Sequence[Size], right: Sequence[Size]) -> bool:
+    """Tells whether two shapes are equal for every input, without adding a guard."""
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """Returns the mode that the graph's own fake tensors belong to.
+
+    Dynamo hands a backend another, fresh mode with its example inputs: the two do not mix.
+    """
+    for node in graph.nodes:
+        value = recorded_value(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def propagate_shapes(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Records the values that a `symbolic_trace` graph lacks, by running it on fake copies of example inputs."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    FakeTensorProp(graph_module, mode).propagate(*example_inputs)
+
+
+def place_of(node: fx.Node, scope: Scope, spelling: str, shapes: "dict[str, Shape] | None" = None) -> Place:
+    """Describes where a node is: its module, its class and the user's lines that made it."""
+    module, module_class = owner_of(node)
+    return Place(
+        node=node,
+        scope=scope,
+        spelling=spelling,
+        module=module,
+        module_class=module_class,
+        stack_trace=node.meta.get("stack_trace") or "",
+        shapes=shapes or {},
+    )
+
+
+def owner_of(node: fx.Node) -> tuple[str, str]:
+    """Returns the dotted name and the class name of the module that a node was traced in.
+
+    The name is relative to what was compiled: "model.layers.0.self_attn".  Nodes of the compiled root itself have
+    no record, nor have those of a frame that Dynamo resumed; both give "".
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", ""
+    path, owner = list(stack.values())[-1]
+    class_name = owner if isinstance(owner, str) else owner.__qualname__
+    return dotted_name(path), class_name.rsplit(".", 1)[-1]
+
+
+def dotted_name(path: str) -> str:
+    """Turns a tracer's path, "L['self'].model.layers.0" or "L['self'].layers[0]", into "model.layers.0"."""
+    root = re.match(r"[A-Z]\['[^']*'\]\.?", path)
+    path = path[root.end() :] if root else path
+    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
+    return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")

@@ -1,0 +1,164 @@
+"""Policy: which sites become NSA, with what arguments, and why the others do not."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
+
+from nsa_compile.config import NSAConfig
+from nsa_compile.passes.dataflow import ActivationFlow, Relation
+from nsa_compile.passes.metadata import dtype_of, number_of, recorded_value, same_size, tensor_of
+from nsa_compile.passes.sites import AttentionSite, Place, Reason, Rejection, Size
+
+# Largest head size that the GPU kernels keep in registers and shared memory.
+MAX_HEAD_SIZE = 256
+_DTYPES = {
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
+    "other": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What becomes of one attention.
+
+    Attributes:
+        place: where it is.
+        site: how it was read; None where it could not be.
+        scale: factor of the scores, as a number; None for 1/sqrt(D).
+        visible: the proved masks; None where there is no mask, or no proof.
+        mask: what a query sees, in a few words; "" where that is unknown.
+        proof: how that was proved, a sentence for each part.
+        rejection: why it stays as it is; None where it is rewritten.
+    """
+
+    place: Place
+    site: AttentionSite | None = None
+    scale: float | None = None
+    visible: Any = None
+    mask: str = ""
+    proof: tuple[str, ...] = ()
+    rejection: Rejection | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RewritePlan:
+    """What becomes of every attention of a graph.
+
+    Attributes:
+        config: the configuration that the rewritten sites get.
+        decisions: one for each attention, in order.
+    """
+
+    config: NSAConfig
+    decisions: tuple[Decision, ...]
+
+    @property
+    def rewrites(self) -> tuple[Decision, ...]:
+        """The attentions that become NSA."""
+        return tuple(decision for decision in self.decisions if decision.rejection is None)
+
+
+def plan_rewrite(found: Sequence[AttentionSite | Rejection], config: NSAConfig) -> RewritePlan:
+    """Decides for each attention whether it becomes NSA.
+
+    Nothing changes but this: where a decision hangs on a symbolic length while Dynamo compiles, the length is
+    guarded, so that a call on the other side of `min_keys` compiles anew.
+
+    Args:
+        found: what `find_sites` returned.
+        config: the configuration to rewrite for.
+
+    Returns:
+        The plan, a decision for each of `found`.
+    """
+    policy = _Policy(config)
+    return RewritePlan(config, tuple(policy.decide(each) for each in found))
+
+
+class _Policy:
+    def __init__(self, config: NSAConfig) -> None:
+        self._config = config
+        self._flows: dict[fx.GraphModule, ActivationFlow] = {}
+
+    def decide(self, found: AttentionSite | Rejection) -> Decision:
+        if isinstance(found, Rejection):
+            return Decision(found.place, rejection=found)
+        rejection = self._not_causal(found) or self._not_supported(found)
+        scale = _specialized(found.scale)
+        if rejection is None and found.scale is not None and scale is None:
+            rejection = Rejection(Reason.UNSUPPORTED_SCALE, f"The scale is {found.scale}, known only at run time.")
+        rejection = rejection or self._not_wanted(found)
+        mask = "causal" if found.is_causal else "all keys" if not found.masks else ""
+        if rejection is not None:
+            rejection = dataclasses.replace(rejection, nodes=rejection.nodes or (found.node,), place=found.place)
+        return Decision(found.place, found, scale, None, mask, (), rejection)
+
+    def _not_causal(self, site: AttentionSite) -> Rejection | None:
+        """Declines attention to keys that come after the query, unless it decodes: one query that sees all keys."""
+        if site.is_causal:
+            return None
+        flow = self._flows.setdefault(site.scope.graph_module, ActivationFlow(site.scope.graph_module))
+        relation = flow.relate(site)
+        if relation is Relation.DIFFERENT_SEQUENCES:
+            sentence = f"Keys ({site.key.node}) come from another sequence than queries ({site.query.node})."
+            return Rejection(Reason.CROSS_ATTENTION, sentence, (site.query.node, site.key.node))
+        if same_size(site.query_length, 1):
+            return None
+        return Rejection(Reason.BIDIRECTIONAL, "Every query sees every key: there is no mask, and is_causal is False.")
+
+    def _not_supported(self, site: AttentionSite) -> Rejection | None:
+        dtype, tensor = dtype_of(site.query.node), tensor_of(site.query.node)
+        device = tensor.device.type if tensor is not None else "cpu"
+        if dtype not in _DTYPES.get(device, _DTYPES["other"]):
+            return Rejection(Reason.UNSUPPORTED_DTYPE, f"The dtype is {dtype} on {device}.")
+        sizes = (site.query.shape[3], site.value.shape[3])
+        if not all(isinstance(size, int) for size in sizes):
+            return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, f"The head sizes {sizes} are not constant.")
+        if device == "cuda" and max(sizes) > MAX_HEAD_SIZE:
+            return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, f"A head size of {sizes} is above {MAX_HEAD_SIZE}.")
+        return None
+
+    def _not_wanted(self, site: AttentionSite) -> Rejection | None:
+        if self._config.combine == "gated":
+            return Rejection(Reason.NO_GATES, f"No gates are attached to {site.place.module or 'the model'}.")
+        least = self._config.min_keys_resolved
+        if not is_at_least(site.key_length, least):
+            return Rejection(Reason.TOO_SHORT, f"{site.key_length} keys are fewer than min_keys={least}.")
+        return None
+
+
+def is_at_least(size: Size, least: int) -> bool:
+    """Decides whether a size reaches a limit.
+
+    A symbolic size may go either way.  While Dynamo compiles, the outcome for the sizes at hand is taken and
+    guarded: a call on the other side compiles anew.  Elsewhere (an exported graph) there are no guards, and one
+    graph serves all sizes; it is then taken to be reached wherever it can be.
+    """
+    if isinstance(size, int):
+        return size >= least
+    reached = size >= least
+    if statically_known_true(reached):
+        return True
+    if torch._guards.TracingContext.try_get() is None:
+        return not statically_known_true(size < least)
+    try:
+        return bool(reached)
+    except GuardOnDataDependentSymNode:
+        return True
+
+
+def _specialized(scale: Any) -> float | None:
+    """Returns a scale as a number; a symbolic one is fixed by a guard where Dynamo compiles."""
+    number = number_of(scale)
+    value = recorded_value(scale)
+    if number is None and isinstance(value, torch.SymFloat | torch.SymInt) and torch._guards.TracingContext.try_get():
+        try:
+            number = float(value)
+        except GuardOnDataDependentSymNode:
+            return None
+    return float(number) if number is not None and math.isfinite(number) else None

@@ -1,0 +1,130 @@
+"""Sites that are calls of `scaled_dot_product_attention`, however they are written."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from nsa_compile.passes.assemble import Parts, assemble
+from nsa_compile.passes.axes import Dimension, Dimensions, dimension, dimensions, unify
+from nsa_compile.passes.calls import arguments, operation
+from nsa_compile.passes.metadata import dtype_of, number_of, place_of, shape_of
+from nsa_compile.passes.layout import LabelledTensor
+from nsa_compile.passes.sites import AttentionSite, MaskKind, Reason, Rejection, Scope, Shape
+from nsa_compile.passes.writers import Writers
+
+OPERATION = "scaled_dot_product_attention"
+
+
+def is_sdpa_call(node: fx.Node) -> bool:
+    """Tells whether a node calls `scaled_dot_product_attention`: the torch function or the aten operator."""
+    return node.op == "call_function" and operation(node) == OPERATION
+
+
+def read_sdpa_call(node: fx.Node, scope: Scope, writers: Writers) -> AttentionSite | Rejection:
+    """Reads one call.
+
+    Args:
+        node: a node for which `is_sdpa_call` holds.
+        scope: the graph that holds it.
+        writers: the in-place writes of that graph.
+
+    Returns:
+        The site, its masks unproved; or why the call cannot be one.
+    """
+    is_aten = isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    spelling = ("aten." if is_aten else "F.") + OPERATION
+    place = place_of(node, scope, spelling)
+
+    def rejected(reason: Reason, sentence: str, *nodes: fx.Node) -> Rejection:
+        return Rejection(reason, sentence, nodes or (node,), place)
+
+    bound = arguments(node)
+    if bound is None:
+        return rejected(Reason.UNSUPPORTED_CALL, f"{spelling} is called with arguments that its signature lacks.")
+    names = ("query", "key", "value")
+    operands = [bound.get(name) for name in names]
+    mask = bound.get("attn_mask")
+    if not all(isinstance(each, fx.Node) for each in operands) or not isinstance(mask, fx.Node | None):
+        return rejected(Reason.UNSUPPORTED_CALL, "query, key, value and attn_mask are not all nodes of the graph.")
+    shapes = [shape_of(each) for each in operands]
+    if any(shape is None for shape in shapes):
+        return rejected(Reason.UNKNOWN_SHAPES, "No shape is recorded for query, key or value.")
+    place = place_of(node, scope, spelling, dict(zip(names, shapes, strict=True)))
+    is_causal, enable_gqa = (number_of(bound.get(name, False)) for name in ("is_causal", "enable_gqa"))
+    if is_causal is None or enable_gqa is None:
+        return rejected(Reason.UNSUPPORTED_CALL, "is_causal and enable_gqa are not constants.")
+    if mask is not None and is_causal:
+        return rejected(Reason.UNSUPPORTED_CALL, "Both attn_mask and is_causal=True are given.", node, mask)
+    if number_of(bound.get("dropout_p", 0.0)) != 0:
+        return rejected(Reason.DROPOUT, f"dropout_p={bound['dropout_p']}.")
+    parts = _parts(node, operands, shapes, mask, bool(enable_gqa))
+    if isinstance(parts, str):
+        return rejected(Reason.UNSUPPORTED_SHAPE, parts)
+    return assemble(Parts(**parts, is_causal=bool(is_causal), scale=bound.get("scale")), place, writers)
+
+
+def _parts(
+    node: fx.Node, operands: list[fx.Node], shapes: list[Shape], mask: fx.Node | None, enable_gqa: bool
+) -> "dict[str, Any] | str":
+    """Names the axes of the call's tensors; a sentence where their shapes do not fit."""
+    query, key, value = (dimensions(shape) for shape in shapes)
+    if not len(query) == len(key) == len(value) >= 2:
+        return f"query, key and value have {len(query)}, {len(key)} and {len(value)} dimensions."
+    for dims in (key, value):
+        for position, (mine, theirs) in enumerate(zip(query[:-2], dims[:-2], strict=True)):
+            is_grouped = enable_gqa and position == len(query) - 3
+            if not _shares_heads(mine, theirs, is_grouped):
+                return f"Dimension {position} of the query does not fit that of key or value: {shapes}."
+    *lead, length, depth = query
+    if not unify(depth, key[-1]) or not unify(key[-2], value[-2]):
+        return f"The sizes of query, key and value do not fit: {shapes}."
+    scores = (*lead, length, key[-2])
+    masks = ()
+    if mask is not None:
+        mask_dims = broadcast_dimensions(mask, scores)
+        if mask_dims is None:
+            return f"The mask's shape {shape_of(mask)} does not fit the scores."
+        masks = ((LabelledTensor(mask, mask_dims), mask_kind(mask)),)
+    return {
+        "query": LabelledTensor(operands[0], query),
+        "key": LabelledTensor(operands[1], key),
+        "value": LabelledTensor(operands[2], value),
+        "output": LabelledTensor(node, (*lead, length, value[-1])),
+        "length": length,
+        "keys": key[-2],
+        "depth": depth,
+        "value_depth": value[-1],
+        "batch": tuple(axis for dim in lead[:-1] for axis in dim) if len(lead) != 1 else None,
+        "masks": masks,
+    }
+
+
+def _shares_heads(query: Dimension, key: Dimension, is_grouped: bool) -> bool:
+    """Identifies a leading axis of the query with that of key or value, which may be broadcast or, grouped, smaller."""
+    if not key:
+        return True
+    if is_grouped:
+        (heads,), (kv_heads,) = query, key
+        if isinstance(heads.size, int) and isinstance(kv_heads.size, int) and heads.size % kv_heads.size == 0:
+            return unify(query, (*key, *dimension(heads.size // kv_heads.size)))
+    return unify(query, key)
+
+
+def broadcast_dimensions(node: fx.Node, full: Dimensions) -> Dimensions | None:
+    """Returns a tensor's dimensions in axes of the one it is broadcast to; None where the shapes do not fit."""
+    shape = shape_of(node)
+    if shape is None or len(shape) > len(full):
+        return None
+    dims = []
+    for size, wanted in zip(shape, full[len(full) - len(shape) :], strict=True):
+        own = dimension(size)
+        if own and not unify(own, wanted):
+            return None
+        dims.append(wanted if own else ())
+    return tuple(dims)
+
+
+def mask_kind(node: fx.Node) -> MaskKind:
+    """Tells how a mask operand is read: by its dtype."""
+    return MaskKind.ALLOWED if dtype_of(node) is torch.bool else MaskKind.ADDITIVE

@@ -1,0 +1,235 @@
+"""View operations as relations between the axes of what they read and the axes of what they make.
+
+One table says for each operation how dimensions correspond.  The same relation serves both directions: from a
+tensor to its views, and from a view back to what it was made from.  Copies that change no value (`contiguous`,
+`clone`) count as views; repetition (`expand`, `repeat`, `repeat_interleave`) makes axes that the source lacks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from nsa_compile.passes.axes import Axis, Dimension, Dimensions, dimension, dimensions, leaves, unify, unify_dimensions
+from nsa_compile.passes.calls import operation
+from nsa_compile.passes.metadata import dtype_of, number_of, same_size, shape_of
+from nsa_compile.passes.sites import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How a node's tensor corresponds to the one it was made from.
+
+    Attributes:
+        source: the node that is viewed.
+        source_dims: its dimensions.
+        dims: those of the view, in the same axes; axes that `source_dims` lacks are repetitions.
+    """
+
+    source: fx.Node
+    source_dims: Dimensions
+    dims: Dimensions
+
+
+def is_view(node: fx.Node) -> bool:
+    """Tells whether a node's operation is one that only views, casts or copies."""
+    return node.op in ("call_function", "call_method") and operation(node) in _RULES
+
+
+def read_view(node: fx.Node) -> View | None:
+    """Describes a node as a view of its first input; None where it is not one, or shapes are unknown."""
+    rule = _RULES.get(operation(node))
+    if rule is None or node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    source, *rest = node.args
+    if isinstance(source, list | tuple) and source and all(part is source[0] for part in source):
+        rest, source = [len(source), *rest], source[0]
+    if not isinstance(source, fx.Node):
+        return None
+    shape, view_shape = shape_of(source), shape_of(node)
+    if shape is None or view_shape is None or dtype_of(source) != dtype_of(node):
+        return None
+    related = rule(shape, view_shape, rest, dict(node.kwargs))
+    return None if related is None else View(source, *related)
+
+
+def back_through(node: fx.Node, dims: Dimensions) -> "tuple[fx.Node, Dimensions] | None":
+    """Carries a tensor's dimensions back to what it is a view of; axes made by repetition are dropped."""
+    view = read_view(node)
+    if view is None or not unify_dimensions(dims, view.dims):
+        return None
+    return view.source, view.source_dims
+
+
+def forth_through(node: fx.Node, source: fx.Node, dims: Dimensions) -> Dimensions | None:
+    """Carries a tensor's dimensions on to a view of it."""
+    view = read_view(node)
+    if view is None or view.source is not source or not unify_dimensions(dims, view.source_dims):
+        return None
+    return view.dims
+
+
+Related = tuple[Dimensions, Dimensions]
+Rule = Callable[[Shape, Shape, Sequence[Any], Mapping[str, Any]], "Related | None"]
+
+
+def _same(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    dims = dimensions(shape)
+    return (dims, dims) if len(shape) == len(view_shape) else None
+
+
+def _reshape(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    source, view = dimensions(shape), dimensions(view_shape)
+    return (source, view) if unify(_flat(source), _flat(view)) else None
+
+
+def _permute(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    order = args[0] if args and isinstance(args[0], list | tuple) else args or kwargs.get("dims")
+    if not order or not all(isinstance(dim, int) for dim in order):
+        return None
+    return _permuted(shape, [dim % len(shape) for dim in order])
+
+
+def _transpose(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    pair = [*args, *kwargs.values()]
+    return _swapped(shape, pair[0], pair[1]) if len(pair) == 2 else None
+
+
+def _transpose_last(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    return _swapped(shape, -1, -2)
+
+
+def _property(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    return _swapped(shape, -1, -2) if args and args[0] in ("T", "mT") and len(shape) >= 2 else None
+
+
+def _swapped(shape: Shape, first: Any, second: Any) -> Related | None:
+    if not isinstance(first, int) or not isinstance(second, int):
+        return None
+    order = list(range(len(shape)))
+    order[first], order[second] = order[second], order[first]
+    return _permuted(shape, order)
+
+
+def _permuted(shape: Shape, order: Sequence[int]) -> Related:
+    source = dimensions(shape)
+    return source, tuple(source[dim] for dim in order)
+
+
+def _expand(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    source = dimensions(shape)
+    added = dimensions(view_shape[: len(view_shape) - len(shape)])
+    view = list(added)
+    for dim, size, view_size in zip(source, shape, view_shape[len(added) :], strict=True):
+        if dim and not same_size(size, view_size):
+            return None
+        view.append(dim or dimension(view_size))
+    return source, tuple(view)
+
+
+def _repeat(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    source = dimensions(shape)
+    added = len(view_shape) - len(shape)
+    view: list[Dimension] = list(dimensions(view_shape[:added]))
+    for dim, size, view_size in zip(source, shape, view_shape[added:], strict=True):
+        if same_size(size, view_size):
+            view.append(dim)
+        elif isinstance(size, int) and isinstance(view_size, int) and size and view_size % size == 0:
+            view.append((Axis(view_size // size), *dim))
+        else:
+            return None
+    return source, tuple(view)
+
+
+def _repeat_interleave(
+    shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Related | None:
+    bound = dict(zip(("repeats", "dim"), args, strict=False)) | dict(kwargs)
+    times, dim = number_of(bound.get("repeats")), bound.get("dim")
+    if not isinstance(times, int) or not isinstance(dim, int):
+        return None
+    source = dimensions(shape)
+    view = list(source)
+    view[dim] = (*view[dim], *dimension(times))
+    return source, tuple(view)
+
+
+def _cat(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    times, *rest = args
+    dim = rest[0] if rest else kwargs.get("dim", 0)
+    source = dimensions(shape)
+    view = list(source)
+    view[dim] = (*dimension(times), *view[dim])
+    return source, tuple(view)
+
+
+def _stack(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    times, *rest = args
+    dim = rest[0] if rest else kwargs.get("dim", 0)
+    source = dimensions(shape)
+    view = list(source)
+    view.insert(dim % (len(shape) + 1), dimension(times))
+    return source, tuple(view)
+
+
+def _drop_or_add_units(
+    shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Related | None:
+    """unsqueeze, squeeze: only dimensions of size 1 come and go, so the order of the others tells all."""
+    source = dimensions(shape)
+    kept = iter([dim for dim in source if dim])
+    view = tuple(next(kept, ()) if not same_size(size, 1) else () for size in view_shape)
+    return source, view
+
+
+def _getitem(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    for item in args[0] if isinstance(args[0], tuple) else (args[0],):
+        is_slice = isinstance(item, slice) and item.step in (None, 1)
+        is_number = isinstance(item, int) and not isinstance(item, bool)
+        if not (is_slice or is_number or item is None or item is Ellipsis):
+            return None
+    # A slice that shortens nothing is whole, a number that drops a dimension of size 1 loses nothing.
+    if _elements_differ(shape, view_shape):
+        return None
+    return _drop_or_add_units(shape, view_shape, args, kwargs)
+
+
+def _slice(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    dims = dimensions(shape)
+    return (dims, dims) if all(map(same_size, shape, view_shape)) else None
+
+
+def _select(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
+    return None if _elements_differ(shape, view_shape) else _drop_or_add_units(shape, view_shape, args, kwargs)
+
+
+def _elements_differ(shape: Shape, view_shape: Shape) -> bool:
+    """Whether dimensions other than those of size 1 were lost or shortened."""
+    rest = [size for size in shape if not same_size(size, 1)]
+    view_rest = [size for size in view_shape if not same_size(size, 1)]
+    return len(rest) != len(view_rest) or not all(map(same_size, rest, view_rest))
+
+
+def _flat(dims: Dimensions) -> Dimension:
+    return leaves(axis for dim in dims for axis in dim)
+
+
+_RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(("contiguous", "clone", "detach", "alias", "identity", "to", "lift_fresh_copy"), _same),
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), _reshape),
+    **dict.fromkeys(("unsqueeze", "squeeze"), _drop_or_add_units),
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "transpose_"), _transpose),
+    **dict.fromkeys(("t", "mT", "adjoint"), _transpose_last),
+    "getattr": _property,
+    "permute": _permute,
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    **dict.fromkeys(("repeat", "tile"), _repeat),
+    "repeat_interleave": _repeat_interleave,
+    "cat": _cat,
+    "stack": _stack,
+    "getitem": _getitem,
+    "slice": _slice,
+    "select": _select,
+}
