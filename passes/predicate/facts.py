@@ -1,0 +1,96 @@
+"""What is known of sizes and positions: signs and ranges, and sequences that never decrease.
+
+Every function answers "proved" or "not proved"; none guesses.
+"""
+
+from collections.abc import Callable, Mapping
+
+import sympy
+from sympy.core.function import AppliedUndef
+
+# Symbol -> its largest value; the smallest is 0.
+Ranges = Mapping[sympy.Symbol, sympy.Expr]
+
+
+def smallest(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
+    """A lower bound, free of the ranged symbols, that is reached; None where the expression is not affine in them."""
+    return _extreme(expression, ranges, lowest=True)
+
+
+def largest(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
+    """An upper bound, free of the ranged symbols, that is reached; None where the expression is not affine in them."""
+    return _extreme(expression, ranges, lowest=False)
+
+
+def _extreme(expression: sympy.Expr, ranges: Ranges, lowest: bool) -> sympy.Expr | None:
+    expression = sympy.expand(expression)
+    for symbol in sorted(expression.free_symbols & set(ranges), key=str):
+        coefficient = expression.coeff(symbol)
+        rest = expression - coefficient * symbol
+        if rest.has(symbol) or not coefficient.is_number:
+            return None
+        chosen = sympy.Integer(0) if coefficient.is_positive is lowest else ranges[symbol]
+        expression = sympy.expand(rest + coefficient * chosen)
+    return expression
+
+
+def is_nonnegative(expression: sympy.Expr, ranges: Ranges) -> bool:
+    """Whether the expression is proved ≥ 0 for all positions in their ranges and all sizes ≥ 1."""
+    if expression.is_extended_nonnegative:
+        return True
+    bound = smallest(expression, ranges)
+    return bound is not None and _is_nonnegative_size(bound)
+
+
+def is_positive(expression: sympy.Expr, ranges: Ranges) -> bool:
+    """Whether the integer expression is proved > 0 for all positions in their ranges and all sizes ≥ 1."""
+    return is_nonnegative(expression - 1, ranges)
+
+
+def _is_nonnegative_size(expression: sympy.Expr) -> bool:
+    if expression.is_extended_nonnegative:
+        return True
+    # Sizes are at least 1, which sympy uses only once it is written out.
+    above_one = {
+        symbol: 1 + sympy.Dummy(integer=True, nonnegative=True)
+        for symbol in expression.free_symbols
+        if symbol.is_positive and symbol.is_integer
+    }
+    return bool(sympy.expand(expression.xreplace(above_one)).is_extended_nonnegative)
+
+
+def never_decreases(
+    expression: sympy.Expr, symbol: sympy.Symbol, sorted_axis: Callable[[str], int | None], sign: int = 1
+) -> bool:
+    """Whether `sign · expression` is proved not to decrease while the integer `symbol` grows.
+
+    Args:
+        expression: integer-valued.
+        symbol: the position.
+        sorted_axis: name of a data function -> the number of its argument in which it never decreases, or None.
+        sign: 1, or −1 to ask whether the expression never increases.
+    """
+    if symbol not in expression.free_symbols:
+        return True
+    if expression == symbol:
+        return sign > 0
+    if isinstance(expression, sympy.Add):
+        return all(never_decreases(term, symbol, sorted_axis, sign) for term in expression.args)
+    if isinstance(expression, sympy.Mul):
+        coefficient, rest = expression.as_coeff_Mul()
+        constant = [factor for factor in sympy.Mul.make_args(rest) if symbol not in factor.free_symbols]
+        varying = [factor for factor in sympy.Mul.make_args(rest) if symbol in factor.free_symbols]
+        if len(varying) != 1 or not all(factor.is_nonnegative for factor in constant):
+            return False
+        return never_decreases(varying[0], symbol, sorted_axis, sign if coefficient.is_positive else -sign)
+    if isinstance(expression, (sympy.floor, sympy.ceiling, sympy.Max, sympy.Min)):
+        return all(never_decreases(argument, symbol, sorted_axis, sign) for argument in expression.args)
+    if isinstance(expression, AppliedUndef):
+        along = sorted_axis(expression.func.__name__)
+        if along is None or sign < 0:
+            return False
+        others = [argument for place, argument in enumerate(expression.args) if place != along]
+        if any(symbol in argument.free_symbols for argument in others):
+            return False
+        return never_decreases(expression.args[along], symbol, sorted_axis)
+    return False

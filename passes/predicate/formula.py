@@ -1,0 +1,343 @@
+"""True/false formulas over integer expressions, and numbers that depend on a formula.
+
+A mask is a formula over positions.  Formulas are kept in a normal form: conjunctions and disjunctions
+(flat, without repetitions) of atoms `e ≤ 0`, `e < 0`, `e = 0` and their negations, `e` a sympy expression.
+Over integers `e < 0` is written `e + 1 ≤ 0` and the negation of `e ≤ 0` is `1 − e ≤ 0`, so negations remain
+only around `=`.  Floating-point data may be NaN: there negations stay, and nothing is rewritten.
+"""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+import sympy
+from sympy.core.function import AppliedUndef
+
+Substitution = Mapping[sympy.Expr, sympy.Expr]
+
+
+class UnknownError(Exception):
+    """An abstract operation cannot say what its result is; the message says why.
+
+    Not a user's error: the interpreter catches it and treats the result as opaque data.
+    """
+
+
+class Relation(enum.Enum):
+    """How an atom's expression is compared with 0."""
+
+    AT_MOST = "≤"
+    BELOW = "<"
+    EQUAL = "="
+
+
+@dataclasses.dataclass(frozen=True)
+class Atom:
+    """`expression relation 0`."""
+
+    relation: Relation
+    expression: sympy.Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Not:
+    """The negation of an atom."""
+
+    operand: Atom
+
+
+@dataclasses.dataclass(frozen=True)
+class And:
+    """All operands hold; with none it is true."""
+
+    operands: "tuple[Formula, ...]" = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Or:
+    """Some operand holds; with none it is false."""
+
+    operands: "tuple[Formula, ...]" = ()
+
+
+Formula = Atom | Not | And | Or
+TRUE = And()
+FALSE = Or()
+
+
+def truth(value: bool) -> Formula:
+    """TRUE or FALSE."""
+    return TRUE if value else FALSE
+
+
+@functools.lru_cache(maxsize=4096)
+def negation(formula: Formula) -> Formula:
+    """Not `formula`, pushed down to the atoms."""
+    if isinstance(formula, And):
+        return disjunction(*(negation(operand) for operand in formula.operands))
+    if isinstance(formula, Or):
+        return conjunction(*(negation(operand) for operand in formula.operands))
+    if isinstance(formula, Not):
+        return formula.operand
+    if formula.relation is Relation.AT_MOST and formula.expression.is_integer:
+        return atom(Relation.AT_MOST, 1 - formula.expression)
+    return Not(formula)
+
+
+def conjunction(*formulas: Formula) -> Formula:
+    """All of `formulas`, flat; complementary or implied parts are dropped."""
+    return _connect(formulas, And, Or)
+
+
+def disjunction(*formulas: Formula) -> Formula:
+    """Any of `formulas`, flat; complementary or implied parts are dropped."""
+    return _connect(formulas, Or, And)
+
+
+def _connect(formulas: Iterable[Formula], same: type, dual: type) -> Formula:
+    """Builds And (or Or), absorbing: `a ∧ (a ∨ b)` is `a`, `a ∧ (¬a ∨ b)` is `a ∧ b`, `a ∧ ¬a` is false."""
+    flat: dict[Formula, None] = {}
+    for formula in formulas:
+        for part in formula.operands if isinstance(formula, same) else (formula,):
+            flat[part] = None
+    if dual() in flat:
+        return dual()
+    literals = [part for part in flat if isinstance(part, (Atom, Not))]
+    if len(flat) > 1:
+        opposite = {negation(literal) for literal in literals}
+        if any(part in opposite for part in literals):
+            return dual()
+        kept: dict[Formula, None] = {}
+        for part in flat:
+            if isinstance(part, dual):
+                if any(operand in flat for operand in part.operands):
+                    continue
+                remaining = tuple(operand for operand in part.operands if operand not in opposite)
+                if len(remaining) != len(part.operands):
+                    rebuilt = _connect(remaining, dual, same)
+                    return _connect([*(p for p in flat if p is not part), rebuilt], same, dual)
+            kept[part] = None
+        flat = kept
+    return next(iter(flat)) if len(flat) == 1 else same(tuple(flat))
+
+
+def if_else(condition: Formula, then: Formula, otherwise: Formula) -> Formula:
+    """`then` where `condition` holds, `otherwise` elsewhere."""
+    if then == otherwise:
+        return then
+    return disjunction(conjunction(condition, then), conjunction(negation(condition), otherwise))
+
+
+def atom(relation: Relation, expression: sympy.Expr) -> Formula:
+    """`expression relation 0`, decided where sympy's assumptions decide it, else in normal form."""
+    expression = sympy.expand(expression)
+    if expression is sympy.nan:
+        raise UnknownError("it compares a value that is not a number")
+    decided = _decide(relation, expression)
+    if decided is not None:
+        return truth(decided)
+    if not is_exact(expression):
+        return Atom(relation, expression)
+    scale = sympy.ilcm(*(c.q for c in expression.as_coefficients_dict().values() if c.is_Rational), 1)
+    if scale != 1:
+        expression = sympy.expand(expression * scale)
+    if not expression.is_integer:
+        raise UnknownError(f"it compares {expression}, which is not known to be an integer, with 0")
+    if relation is Relation.EQUAL:
+        if expression.could_extract_minus_sign():
+            expression = -expression
+        factors = expression.args if isinstance(expression, sympy.Mul) else ()
+        if len([f for f in factors if not f.is_number]) > 1:
+            return disjunction(*(atom(relation, factor) for factor in factors if not factor.is_number))
+        return Atom(relation, expression)
+    if relation is Relation.BELOW:
+        expression = expression + 1
+    expression = expression.primitive()[1]
+    for term in sympy.Add.make_args(expression):
+        inner = _all_below(term)
+        if inner is not None:
+            rest = expression - term
+            return conjunction(*(atom(Relation.AT_MOST, rest + part) for part in inner))
+    return Atom(Relation.AT_MOST, expression)
+
+
+def _all_below(term: sympy.Expr) -> tuple[sympy.Expr, ...] | None:
+    """The parts that must all stay below a limit for `term` (an Abs, Max or −Min) to stay below it."""
+    coefficient, rest = term.as_coeff_Mul()
+    if isinstance(rest, sympy.Abs) and coefficient.is_positive:
+        return coefficient * rest.args[0], -coefficient * rest.args[0]
+    if (isinstance(rest, sympy.Max) and coefficient.is_positive) or (
+        isinstance(rest, sympy.Min) and coefficient.is_negative
+    ):
+        return tuple(coefficient * argument for argument in rest.args)
+    return None
+
+
+def _decide(relation: Relation, expression: sympy.Expr) -> bool | None:
+    if not is_exact(expression):
+        # Data may be NaN, which no assumption of sympy's covers.
+        return None
+    if relation is Relation.AT_MOST:
+        holds, fails = expression.is_extended_nonpositive, expression.is_extended_positive
+    elif relation is Relation.BELOW:
+        holds, fails = expression.is_extended_negative, expression.is_extended_nonnegative
+    else:
+        holds, fails = expression.is_zero, expression.is_zero is False
+    return True if holds else False if fails else None
+
+
+def is_exact(expression: sympy.Expr) -> bool:
+    """Whether no floating-point data takes part: integers (and constants) only."""
+    return all(application.is_integer for application in expression.atoms(AppliedUndef, Cast))
+
+
+def compare(symbol: str, left: sympy.Expr, right: sympy.Expr) -> Formula:
+    """`left symbol right`, `symbol` one of <, <=, >, >=, ==, !=.
+
+    Raises:
+        UnknownError: floating-point data is compared with something that is not a constant.
+    """
+    if symbol in (">", ">="):
+        left, right, symbol = right, left, {">": "<", ">=": "<="}[symbol]
+    if left.is_infinite and left == right:
+        return truth(symbol in ("<=", "=="))
+    difference = sympy.expand(left - right)
+    if not is_exact(difference):
+        constant, data = difference.as_coeff_Add()
+        if data not in (single := difference.atoms(AppliedUndef, Cast)) and -data not in single:
+            raise UnknownError("it compares floating-point data with something that is not a constant")
+        if not constant.is_finite:
+            raise UnknownError("it compares floating-point data with infinity")
+    if symbol == "<":
+        return atom(Relation.BELOW, difference)
+    if symbol == "<=":
+        return atom(Relation.AT_MOST, difference)
+    equal = atom(Relation.EQUAL, difference)
+    return equal if symbol == "==" else negation(equal)
+
+
+class Cast(sympy.Function):
+    """`Cast(x, dtype name)`: data converted to a dtype that may change its value."""
+
+    @classmethod
+    def eval(cls, *_: sympy.Basic) -> None:
+        """Stays unevaluated."""
+        return
+
+    def _eval_is_integer(self) -> bool | None:
+        return True if "int" in str(self.args[1]) else None
+
+    def _eval_is_extended_real(self) -> bool:
+        return True
+
+
+def expressions(formula: Formula) -> set[sympy.Expr]:
+    """The expressions that the formula's atoms compare with 0."""
+    found: set[sympy.Expr] = set()
+    pending = [formula]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Atom):
+            found.add(part.expression)
+        elif isinstance(part, Not):
+            found.add(part.operand.expression)
+        else:
+            pending.extend(part.operands)
+    return found
+
+
+def free_symbols(formula: Formula) -> set[sympy.Basic]:
+    """The symbols that the formula depends on."""
+    return set().union(*(expression.free_symbols for expression in expressions(formula)))
+
+
+def map_expressions(formula: Formula, change: Callable[[sympy.Expr], sympy.Expr]) -> Formula:
+    """The formula with `change` applied to each atom's expression, in normal form again."""
+    if isinstance(formula, Atom):
+        changed = change(formula.expression)
+        return formula if changed == formula.expression else atom(formula.relation, changed)
+    if isinstance(formula, Not):
+        return negation(map_expressions(formula.operand, change))
+    connect = conjunction if isinstance(formula, And) else disjunction
+    return connect(*(map_expressions(operand, change) for operand in formula.operands))
+
+
+def substitute(formula: Formula, substitution: Substitution) -> Formula:
+    """The formula with symbols or applications replaced, simultaneously."""
+    return map_expressions(formula, lambda expression: expression.xreplace(substitution))
+
+
+# A number that depends on a formula: (condition, expression) pairs; exactly one condition holds.
+Cases = tuple[tuple[Formula, sympy.Expr], ...]
+Value = Formula | Cases
+_MOST_CASES = 12
+
+
+def cases_of(value: Value) -> Cases:
+    """A number; true counts 1 and false 0."""
+    if isinstance(value, tuple):
+        return value
+    return make_cases([(value, sympy.Integer(1)), (negation(value), sympy.Integer(0))])
+
+
+def make_cases(pairs: Iterable[tuple[Formula, sympy.Expr]]) -> Cases:
+    """Cases with impossible ones dropped and equal ones merged; the conditions must be exclusive and exhaustive.
+
+    Raises:
+        UnknownError: there are too many cases to reason about.
+    """
+    merged: dict[sympy.Expr, Formula] = {}
+    for condition, expression in pairs:
+        if condition != FALSE:
+            merged[expression] = disjunction(merged[expression], condition) if expression in merged else condition
+    if len(merged) > _MOST_CASES:
+        raise UnknownError("its value depends on too many conditions")
+    if len(merged) == 1:
+        return ((TRUE, next(iter(merged))),)
+    return tuple((condition, expression) for expression, condition in merged.items())
+
+
+def formula_of(value: Value) -> Formula:
+    """Whether the value is true: for a number, whether it is not 0."""
+    if not isinstance(value, tuple):
+        return value
+    return disjunction(*(conjunction(c, compare("!=", e, sympy.Integer(0))) for c, e in value))
+
+
+def combine(function: Callable[..., sympy.Expr], *values: Value) -> Cases:
+    """`function` applied to numbers case by case."""
+    pairs: list[tuple[Formula, tuple[sympy.Expr, ...]]] = [(TRUE, ())]
+    for value in values:
+        pairs = [
+            (both, (*given, expression))
+            for condition, given in pairs
+            for other, expression in cases_of(value)
+            if (both := conjunction(condition, other)) != FALSE
+        ]
+        if len(pairs) > _MOST_CASES**2:
+            raise UnknownError("its value depends on too many conditions")
+    return make_cases((condition, function(*given)) for condition, given in pairs)
+
+
+def substitute_value(value: Value, substitution: Substitution) -> Value:
+    """The formula or number with symbols replaced."""
+    if not isinstance(value, tuple):
+        return substitute(value, substitution)
+    return make_cases((substitute(c, substitution), e.xreplace(substitution)) for c, e in value)
+
+
+def value_symbols(value: Value) -> set[sympy.Basic]:
+    """The symbols that a formula or number depends on."""
+    if not isinstance(value, tuple):
+        return free_symbols(value)
+    return set().union(*(free_symbols(condition) | expression.free_symbols for condition, expression in value))
+
+
+def size_of(value: Value) -> int:
+    """The number of atoms, counted with repetition."""
+    if isinstance(value, tuple):
+        return sum(size_of(condition) for condition, _ in value)
+    if isinstance(value, (Atom, Not)):
+        return 1
+    return sum(size_of(operand) for operand in value.operands)

@@ -1,0 +1,214 @@
+"""Evaluates the nodes that make a mask as abstract tensors, without running them.
+
+Only what the mask needs is evaluated, each node once for all masks of a graph, without recursion.  What cannot be
+followed becomes data (`Leaf`): it blocks a proof only where the mask depends on it in a way that matters.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from nsa_compile.passes.predicate import (
+    operations_creation,
+    operations_pointwise,
+    operations_scans,
+    operations_views,
+)
+from nsa_compile.passes.predicate.constants import abstract_constant
+from nsa_compile.passes.predicate.formula import UnknownError, size_of
+from nsa_compile.passes.predicate.operations import Call, Operation, as_tensor, bind, find_operation
+from nsa_compile.passes.predicate.tensor import (
+    AbstractTensor,
+    Leaf,
+    Run,
+    leaf_tensor,
+    size_expression,
+)
+from nsa_compile.passes.predicate.writes import Writes, target_name, tensor_of
+from nsa_compile.passes.sites import Scope
+
+# Gives the value of a tensor that nothing can change unnoticed (a buffer, a constant), or None.
+ConstantReader = Callable[[fx.Node, Scope], "torch.Tensor | None"]
+
+_TABLES = (operations_creation, operations_pointwise, operations_scans, operations_views)
+# Larger formulas than this are no mask that the prover could read.
+_LARGEST = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a read value comes from.
+
+    Attributes:
+        node: the node that leaves the value.
+        scope: the graph that holds it.
+        stale: a write through another view came between, so what is read is not `node`'s value.
+    """
+
+    node: fx.Node
+    scope: Scope = dataclasses.field(compare=False)
+    stale: bool = False
+
+
+class Interpreter:
+    """Abstract values of nodes, memoised.
+
+    Args:
+        read_constant: gives the values of tensors that may be read at compile time.
+    """
+
+    def __init__(self, read_constant: ConstantReader | None = None) -> None:
+        self._read_constant = read_constant
+        self._values: dict[Source, AbstractTensor] = {}
+        self._writes: dict[fx.Graph, Writes] = {}
+        self._leaves: dict[str, Leaf] = {}
+
+    def leaf(self, name: str) -> Leaf:
+        """The leaf whose function has this name."""
+        return self._leaves[name]
+
+    def writes(self, scope: Scope) -> Writes:
+        """The in-place writers of a scope's graph."""
+        graph = scope.graph_module.graph
+        if graph not in self._writes:
+            self._writes[graph] = Writes(graph)
+        return self._writes[graph]
+
+    def evaluate(self, node: fx.Node, scope: Scope, reader: fx.Node) -> AbstractTensor:
+        """What `reader` sees when it reads `node`, both in `scope`."""
+        root = self._source(node, scope, self.writes(scope).position(reader))
+        if not isinstance(root, Source):
+            return as_tensor(root)
+        pending = [root]
+        while pending:
+            current = pending[-1]
+            missing = [] if current in self._values else [n for n in self._needs(current) if n not in self._values]
+            if missing:
+                pending.extend(missing)
+                continue
+            if current not in self._values:
+                self._values[current] = self._compute(current)
+            pending.pop()
+        return self._values[root]
+
+    def _source(self, node: fx.Node, scope: Scope, place: int) -> Any:
+        """The `Source` of what is read from `node` before `place`, followed out of bodies; or a constant."""
+        writes = self.writes(scope)
+        current = writes.value_at(node, place)
+        if current is None:
+            return Source(node, scope, stale=True)
+        if current.op != "placeholder" or scope.parent is None or current not in scope.arguments:
+            return Source(current, scope)
+        argument, parent = scope.arguments[current], scope.parent
+        if not isinstance(argument, fx.Node):
+            return argument
+        calls = sorted(self.writes(parent).position(call) for call in scope.calls)
+        if any(True for _ in self.writes(parent).between(argument, calls[0] - 1, calls[-1])):
+            return Source(current, scope, stale=True)
+        return self._source(argument, parent, calls[0])
+
+    def _operation(self, node: fx.Node) -> Operation | None:
+        if node.op not in ("call_function", "call_method") or _result(node) is None:
+            return None
+        return find_operation(node)
+
+    def _needs(self, source: Source) -> list[Source]:
+        """The values that must be known before the source's own can be computed."""
+        operation = None if source.stale else self._operation(source.node)
+        if operation is None or not operation.reads:
+            return []
+        needs = [self._read(argument, source) for argument in source.node.all_input_nodes]
+        return [need for need in needs if isinstance(need, Source)]
+
+    def _read(self, argument: fx.Node, source: Source) -> Any:
+        """What the source's node reads from an argument: a `Source`, an expression, or None where it is no number."""
+        if tensor_of(argument) is not None:
+            return self._source(argument, source.scope, self.writes(source.scope).position(source.node))
+        value = argument.meta.get("example_value", argument.meta.get("val"))
+        if isinstance(value, torch.SymInt):
+            return size_expression(value)
+        return value if isinstance(value, (bool, int, float)) else None
+
+    def _compute(self, source: Source) -> AbstractTensor:
+        node = source.node
+        if source.stale:
+            return leaf_tensor(self._make_leaf(source, "it is overwritten in place through another view"))
+        operation = self._operation(node)
+        if operation is None:
+            constant = self._constant(source)
+            if constant is not None:
+                return constant
+            outside = node.op in ("placeholder", "get_attr")
+            cause = "it comes from outside the graph" if outside else f"the prover does not know {target_name(node)}"
+            return leaf_tensor(self._make_leaf(source, cause))
+        result = _result(node)
+        assert result is not None  # noqa: S101  (an operation has a result)
+        call = Call(
+            node=node,
+            shape=tuple(size_expression(size) for size in result.shape),
+            dtype=result.dtype,
+            make_leaf=functools.partial(self._make_leaf, source),
+            leaf=self.leaf,
+        )
+        try:
+            arguments = bind(operation.handler, node) if operation.reads else {}
+            value = operation.handler(call, **{k: self._argument(a, source) for k, a in arguments.items()})
+            if size_of(value.value) > _LARGEST:
+                raise UnknownError("its value depends on too many conditions")
+        except UnknownError as error:
+            return leaf_tensor(self._make_leaf(source, str(error)))
+        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+            # Arguments of a kind that the handler was not written for; the result is data then.
+            return leaf_tensor(self._make_leaf(source, f"its arguments cannot be followed ({error})"))
+        return value
+
+    def _argument(self, argument: Any, source: Source) -> Any:
+        """An argument of a node as handlers take it."""
+        if isinstance(argument, fx.Node):
+            read = self._read(argument, source)
+            return self._values[read] if isinstance(read, Source) else read
+        if isinstance(argument, slice):
+            parts = (argument.start, argument.stop, argument.step)
+            return slice(*(self._argument(part, source) for part in parts))
+        if isinstance(argument, (tuple, list)):
+            return type(argument)(self._argument(item, source) for item in argument)
+        return argument
+
+    def _constant(self, source: Source) -> AbstractTensor | None:
+        if source.node.op not in ("placeholder", "get_attr") or self._read_constant is None:
+            return None
+        tensor = self._read_constant(source.node, source.scope)
+        return None if tensor is None else abstract_constant(tensor)
+
+    def _make_leaf(self, source: Source, cause: str, sorted_axis: int | None = None, run: Run | None = None) -> Leaf:
+        node = source.node
+        result = _result(node)
+        if result is None:
+            raise UnknownError("it makes no tensor")
+        path = [source.scope.path] if source.scope.path else []
+        name = ".".join([*path, node.name, *(["overwritten"] if source.stale else [])])
+        leaf = Leaf(
+            name=name,
+            node=node.args[0] if target_name(node) == "setitem" else node,
+            written_by=node,
+            scope=source.scope,
+            dtype=result.dtype,
+            shape=tuple(size_expression(size) for size in result.shape),
+            cause=cause,
+            sorted_axis=sorted_axis,
+            run=run,
+            stale=source.stale,
+        )
+        self._leaves[name] = leaf
+        return leaf
+
+
+def _result(node: fx.Node) -> torch.Tensor | None:
+    """The tensor that the node makes or, for an assignment to elements, changes."""
+    if target_name(node) in ("setitem", "__setitem__") and isinstance(node.args[0], fx.Node):
+        return tensor_of(node.args[0])
+    return tensor_of(node)

@@ -1,0 +1,132 @@
+"""Operations that look along a dimension: differences, running sums, sorted look-ups."""
+# ruff: noqa: A002  (parameters have the names that torch gives them)
+
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+
+from nsa_compile.passes.predicate.facts import never_decreases
+from nsa_compile.passes.predicate.formula import (
+    FALSE,
+    Atom,
+    Formula,
+    Not,
+    Or,
+    Relation,
+    UnknownError,
+    cases_of,
+    combine,
+    compare,
+    conjunction,
+    make_cases,
+    negation,
+    substitute_value,
+    value_symbols,
+)
+from nsa_compile.passes.predicate.operations import Call, as_tensor, dimension, operation
+from nsa_compile.passes.predicate.tensor import ONE, ZERO, AbstractTensor, Run, axis, make_tensor
+
+
+@operation("diff")
+def _diff(call: Call, input: Any, n: Any = 1, dim: Any = -1, prepend: Any = None, append: Any = None) -> AbstractTensor:
+    tensor = as_tensor(input)
+    if n != 1 or append is not None or call.dtype not in (torch.int32, torch.int64):
+        raise UnknownError("the prover follows first differences of 32- and 64-bit integers only")
+    along = dimension(dim, tensor.rank)
+    here = axis(along)
+    if prepend is None:
+        return make_tensor(call.shape, call.dtype, _difference(tensor.value, {here: here + 1}, tensor.value, {}))
+    before = as_tensor(prepend)
+    if before.shape[along] != 1:
+        raise UnknownError("it prepends more than one value")
+    first = _difference(tensor.value, {here: ZERO}, before.value, {})
+    later = _difference(tensor.value, {}, tensor.value, {here: here - 1})
+    at_start = compare("==", here, ZERO)
+    pairs = [(conjunction(at_start, condition), e) for condition, e in first]
+    pairs += [(conjunction(negation(at_start), condition), e) for condition, e in later]
+    return make_tensor(call.shape, call.dtype, make_cases(pairs))
+
+
+def _difference(left: Any, left_index: dict, right: Any, right_index: dict) -> Any:
+    return combine(
+        lambda x, y: sympy.expand(x - y), substitute_value(left, left_index), substitute_value(right, right_index)
+    )
+
+
+@operation("cumsum")
+def _cumsum(call: Call, input: Any, dim: Any, dtype: Any = None) -> AbstractTensor:
+    del dtype
+    tensor = as_tensor(input)
+    along = dimension(dim, tensor.rank)
+    here = axis(along)
+    if call.dtype not in (torch.int32, torch.int64):
+        return call.data(f"it adds up {call.dtype}")
+    cases = cases_of(tensor.value)
+    if here not in value_symbols(cases):
+        return make_tensor(call.shape, call.dtype, combine(lambda x: sympy.expand(x * (here + 1)), cases))
+    grows = all(expression.is_nonnegative for _, expression in cases)
+    return call.data("it adds up data", along if grows else None, _run(tensor, along))
+
+
+def _run(tensor: AbstractTensor, along: int) -> Run | None:
+    """What a document mark says of the data inside a document.
+
+    While the running sum of `data(x) − data(x−1) ≠ slope` stays the same, the data grows by `slope` a position.
+    """
+    if any(expression not in (ZERO, ONE) for _, expression in cases_of(tensor.value)):
+        return None
+    inside = negation(tensor.formula)
+    here = axis(along)
+    # Within a document positions after its first are at least 1, so conditions on position 0 fall away.
+    at_start = compare("==", here, ZERO)
+    parts = inside.operands if isinstance(inside, Or) else (inside,)
+    steps = [part for part in parts if part != at_start]
+    if len(steps) != 1:
+        return None
+    step = _after_start(steps[0], at_start)
+    if not isinstance(step, Atom) or step.relation is not Relation.EQUAL:
+        return None
+    applications = [a for a in step.expression.atoms(AppliedUndef) if here in a.free_symbols]
+    if len(applications) != 2 or applications[0].func != applications[1].func:
+        return None
+    for now, previous in (applications, applications[::-1]):
+        changed = [k for k, (x, y) in enumerate(zip(now.args, previous.args, strict=True)) if x != y]
+        if len(changed) != 1 or now.args[changed[0]] != here or previous.args[changed[0]] != here - 1:
+            continue
+        sign = step.expression.coeff(now)
+        slope = sympy.expand(now - previous - step.expression * sign)
+        if sign in (1, -1) and slope.is_Integer:
+            return Run(now.func.__name__, changed[0], slope)
+    return None
+
+
+def _after_start(formula: Formula, at_start: Formula) -> Formula:
+    """The formula where the position is not 0."""
+    if formula == at_start:
+        return FALSE
+    if isinstance(formula, (Atom, Not)):
+        return formula
+    remaining = [operand for operand in formula.operands if operand not in (at_start, negation(at_start))]
+    return remaining[0] if len(remaining) == 1 else formula
+
+
+@operation("searchsorted")
+def _searchsorted(call: Call, sorted_sequence: Any, input: Any, **_: Any) -> AbstractTensor:
+    return _looked_up(call, as_tensor(sorted_sequence), as_tensor(input))
+
+
+@operation("bucketize")
+def _bucketize(call: Call, input: Any, boundaries: Any, **_: Any) -> AbstractTensor:
+    return _looked_up(call, as_tensor(boundaries), as_tensor(input))
+
+
+def _looked_up(call: Call, boundaries: AbstractTensor, values: AbstractTensor) -> AbstractTensor:
+    """A binary search never gives a smaller place for a larger value, whatever the boundaries are."""
+    along = len(call.shape) - 1
+    cases = cases_of(values.value)
+    if along < 0 or boundaries.rank > 1 or len(cases) != 1 or values.rank != len(call.shape):
+        raise UnknownError("the prover does not follow this look-up")
+    grows = never_decreases(cases[0][1], axis(along), lambda name: call.leaf(name).sorted_axis)
+    return call.data("it looks up data", along if grows else None)

@@ -1,0 +1,194 @@
+"""Which nodes write tensors in place, and whose value a reader of a tensor therefore sees.
+
+Dynamo's graphs are not functional: `mask[:, 0] = True`, `mask |= other` and `position.add_(1)` are nodes, and
+later nodes may read the old name.  A tensor's value at a place in the program is the one that its last writer
+before that place has left.
+"""
+
+import collections
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from nsa_compile.passes.predicate.tensor import size_expression
+
+_INPLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "ilshift", "irshift", "iand"}
+    | {"ixor", "ior", "setitem", "delitem"}
+)
+# End in an underscore but change nothing that a reader could see.
+_HARMLESS = frozenset({"requires_grad_", "share_memory_", "and_", "or_", "not_", "is_", "_set_grad_enabled"})
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The node's fake tensor; None where it makes none, or the graph carries none."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def target_name(node: fx.Node) -> str:
+    """The bare name of what a node calls: `add` for operator.add, Tensor.add and aten.add.Tensor alike."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    if isinstance(target, str):
+        return target
+    return str(getattr(target, "__name__", target))
+
+
+def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The argument nodes whose tensors the node writes in place."""
+    if node.op == "call_method":
+        name = str(node.target)
+        dunder = name.startswith("__")
+        writes = (name[2:-2] in _INPLACE_OPERATORS) if dunder else name.endswith("_") and name not in _HARMLESS
+        return _nodes(node.args[:1]) if writes else ()
+    if node.op != "call_function":
+        return ()
+    target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return _written_by_bodies(node)
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _written_by_schema(node)
+    name = target_name(node)
+    written = _nodes([node.kwargs.get("out")])
+    module = getattr(target, "__module__", "")
+    if module in ("_operator", "operator"):
+        return _nodes(node.args[:1]) if name in _INPLACE_OPERATORS else written
+    if name.endswith("_") and not name.startswith("__") and name not in _HARMLESS:
+        return written + _nodes(node.args[:1])
+    if "inplace" in node.kwargs or "nn.functional" in str(module):
+        return written + (_nodes(node.args[:1] or list(node.kwargs.values())[:1]) if _is_inplace(node) else ())
+    return written
+
+
+def _is_inplace(node: fx.Node) -> bool:
+    """Whether a function such as F.relu(x, inplace=True) is told to work in place."""
+    try:
+        bound = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs).arguments  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        bound = node.kwargs
+    return bool(bound.get("inplace", False))
+
+
+def _written_by_schema(node: fx.Node) -> tuple[fx.Node, ...]:
+    target: Any = node.target
+    overloads = (
+        [target] if isinstance(target, torch._ops.OpOverload) else [getattr(target, o) for o in target.overloads()]
+    )
+    written: list[Any] = []
+    for overload in overloads:
+        for position, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            if argument.name in node.kwargs:
+                written.append(node.kwargs[argument.name])
+            elif position < len(node.args) and not argument.kwarg_only:
+                written.append(node.args[position])
+    return _nodes(written)
+
+
+def _written_by_bodies(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What a higher-order operator writes: the operands that its bodies write; every operand where that is unclear."""
+    owner = node.graph.owning_module
+    inputs = _nodes([node.args, node.kwargs])
+    attributes = {a: getattr(owner, str(a.target), None) for a in inputs if a.op == "get_attr"}
+    bodies = [body for body in attributes.values() if isinstance(body, fx.GraphModule)]
+    operands = [a for a in inputs if not isinstance(attributes.get(a), fx.GraphModule)]
+    tensors = tuple(operand for operand in operands if tensor_of(operand) is not None)
+    if not bodies:
+        return tensors
+    written: list[fx.Node] = []
+    for body in bodies:
+        placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        writes = Writes(body.graph)
+        touched = [any(True for _ in writes.between(p, -1, len(body.graph.nodes))) for p in placeholders]
+        if any(touched) and len(placeholders) > len(operands):
+            return tensors
+        # The last operands are the body's: before them come a predicate or an identifier.
+        written += [
+            operand for operand, is_written in zip(operands[-len(touched) :], touched, strict=False) if is_written
+        ]
+    return tuple(dict.fromkeys(written))
+
+
+def _nodes(arguments: Any) -> tuple[fx.Node, ...]:
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, found.append)
+    return tuple(found)
+
+
+class Writes:
+    """The in-place writers of one graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._position: dict[fx.Node, int] = {}
+        # Storage -> nodes that write it, with the node they write through, in program order.
+        self._writers: dict[int, list[tuple[fx.Node, fx.Node]]] = collections.defaultdict(list)
+        for number, node in enumerate(graph.nodes):
+            self._position[node] = number
+            for written in written_by(node):
+                storage = self.storage(written)
+                if storage is not None:
+                    self._writers[storage].append((node, written))
+
+    @staticmethod
+    def storage(node: fx.Node) -> int | None:
+        """Identity of the memory behind a node's tensor: views share it, in fake tensors too."""
+        tensor = tensor_of(node)
+        if tensor is None or tensor.layout != torch.strided:
+            return None
+        try:
+            return StorageWeakRef(tensor.untyped_storage()).cdata
+        except (NotImplementedError, RuntimeError):
+            # A tensor inside torch.vmap has no memory of its own.
+            return None
+
+    def position(self, node: fx.Node) -> int:
+        """Place of the node in the program."""
+        return self._position[node]
+
+    def between(self, node: fx.Node, start: int, end: int) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Writers of the node's memory that run after place `start` and before place `end`.
+
+        Yields:
+            The writer, and the node that it writes through.
+        """
+        storage = self.storage(node)
+        for writer, through in self._writers.get(storage, ()) if storage is not None else ():
+            if start < self._position[writer] < end:
+                yield writer, through
+
+    def value_at(self, node: fx.Node, place: int) -> fx.Node | None:
+        """The node whose result is what a reader of `node` at `place` sees.
+
+        Returns:
+            `node` itself, or the in-place writer that left the value; None where a write through another view
+            has changed the tensor in a way that no single node describes.
+        """
+        current = node
+        for writer, through in self.between(node, self._position[node], place):
+            if _geometry(through) != _geometry(node) or not _leaves_result(writer, through):
+                return None
+            current = writer
+        return current
+
+
+def _leaves_result(writer: fx.Node, through: fx.Node) -> bool:
+    """Whether what the writer leaves in the tensor is what it computes (and not a side effect of something else)."""
+    if target_name(writer) in ("setitem", "__setitem__"):
+        return True
+    return Writes.storage(writer) == Writes.storage(through) and _geometry(writer) == _geometry(through)
+
+
+def _geometry(node: fx.Node) -> tuple[Any, ...]:
+    """Dtype, sizes, strides and offset: nodes of the same memory and geometry are the same tensor."""
+    tensor = tensor_of(node)
+    if tensor is None:
+        return (node,)
+    numbers = [*tensor.shape, *tensor.stride(), tensor.storage_offset()]
+    return (tensor.dtype, *(size_expression(number) for number in numbers))
