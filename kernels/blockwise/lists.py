@@ -1,7 +1,7 @@
-"""Attention over lists of blocks, with a running softmax: the sparse half of the blockwise path.
+"""Attention over lists of blocks, key-major: the sparse half of the blockwise path.
 
-Two loop orders.  Key-major walks the blocks and takes, for each, the queries that list it: every key is read once
-per KV head, and gradients of keys need no scatter.  Query-major gathers the keys that a query lists: for few queries.
+The loop walks the blocks and takes, for each, the queries that list it.  A block's keys are read once per KV head,
+its G · m logits are one matrix product, and the gradients of its keys need no scatter.
 """
 
 import dataclasses
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.blockwise.tiles import Gradients, RunningSoftmax, accumulation_dtype, merge_scores
+from nsa_compile.kernels.blockwise.state import Gradients, RunningSoftmax, hidden_bias, lift_reference
 
-# Rows of one key-major step; 8,192 rows of 64 float32 logits are 2 MiB.
-_STEP_ROWS = 8192
-# Elements of the membership table of one query chunk.
-_TABLE_ELEMENTS = 1 << 24
+# Rows of one step; 4,096 rows of 64 float32 logits are 1 MiB, about what a core's cache holds.
+_STEP_ROWS = 4096
+# Pairs of a query and a listed block that are sorted at once.
+_SORTED_PAIRS = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,163 +23,160 @@ class Visit:
     """Queries of one KV head that attend to one block.
 
     Attributes:
-        batch: index into B.
-        head: index into H_kv.
+        head: index into `[B, H_kv]`.
         keys: slice of S.
-        queries: `[m]` int64, ascending.
-        hidden: `[m, l']` bool, keys of the block that a query does not see.
+        queries: `[m]` int64, without repetition.
+        bias: `[m, 1, l']`, −inf for hidden keys, or None when every query sees the whole block.
     """
 
-    batch: int
-    head: int
+    head: tuple[int, int]
     keys: slice
     queries: Tensor
-    hidden: Tensor
+    bias: Tensor | None
 
 
 def iterate_visits(
-    block_indices: Tensor, lo: Tensor, hi: Tensor, valid: Tensor | None, block: int, num_keys: int, group: int
+    rows: Tensor, block_indices: Tensor, block: int, num_keys: int, lo: Tensor, hi: Tensor, valid: Tensor | None
 ) -> Iterator[Visit]:
-    """Yields every pair of a block and the queries that list it and see part of it.
+    """Yields every pair of a block and the queries that list it and may see some of it.
 
     Args:
+        rows: query rows `[B, H_kv, T, G, D]`.
         block_indices: `[B, H_kv, T, n]` int32, −1 for none.
+        block: l'.
+        num_keys: S.
         lo: `[B | 1, T]` first visible key.
         hi: `[B | 1, T]` last visible key.
         valid: `[B, S]` bool or None.
-        block: l'.
-        num_keys: S.
-        group: G, to bound the rows of a visit.
     """
-    batch, num_kv_heads, num_queries, _ = block_indices.shape
-    num_blocks = (num_keys + block - 1) // block
-    chunk = max(1, _TABLE_ELEMENTS // max(1, num_blocks))
-    step = max(1, _STEP_ROWS // group)
-    position = torch.arange(num_keys, device=block_indices.device)
+    batch, num_kv_heads, num_queries, num_selected = block_indices.shape
+    chunk = max(1, _SORTED_PAIRS // max(1, num_selected))
+    step = max(1, _STEP_ROWS // rows.shape[3])
+    position = torch.arange(num_keys, device=rows.device)
+    complete = None if valid is None else _complete_blocks(valid, block)
     for b in range(batch):
-        low, high = lo[b % lo.shape[0]], hi[b % hi.shape[0]]
+        low, high = lo[b % lo.shape[0]].long(), hi[b % hi.shape[0]].long()
         for head in range(num_kv_heads):
             for begin in range(0, num_queries, chunk):
-                end = min(begin + chunk, num_queries)
-                listed = block_indices[b, head, begin:end].long()
-                start = listed * block
-                useful = (listed >= 0) & (start <= high[begin:end, None]) & (start + block > low[begin:end, None])
-                table = torch.zeros(num_blocks + 1, end - begin, dtype=torch.bool, device=listed.device)
-                table.scatter_(0, torch.where(useful, listed, num_blocks).T, True)
-                table = table[:num_blocks]
-                queries = table.nonzero()[:, 1] + begin
+                at = slice(begin, begin + chunk)
+                pairs = _sort_pairs(
+                    block_indices[b, head, at], block, num_keys, low[at], high[at], None if complete is None else complete[b]
+                )
+                queries = pairs.queries + begin
                 offset = 0
-                for index, count in enumerate(table.sum(1).tolist()):
+                for code, count in zip(pairs.codes, pairs.counts, strict=True):
+                    index, partial = divmod(code, 2)
                     keys = slice(index * block, min((index + 1) * block, num_keys))
                     for first in range(offset, offset + count, step):
-                        rows = queries[first : min(first + step, offset + count)]
-                        hidden = (position[keys] < low[rows, None]) | (position[keys] > high[rows, None])
-                        if valid is not None:
-                            hidden |= ~valid[b, keys]
-                        yield Visit(b, head, keys, rows, hidden)
+                        members = queries[first : min(first + step, offset + count)]
+                        bias = None
+                        if partial:
+                            hidden = (position[keys] < low[members, None]) | (position[keys] > high[members, None])
+                            if valid is not None:
+                                hidden |= ~valid[b, keys]
+                            bias = hidden_bias(hidden, rows.dtype).unsqueeze(1)
+                        yield Visit((b, head), keys, members, bias)
                     offset += count
 
 
-def visit_scores(query: Tensor, key: Tensor, visit: Visit, scale: float) -> tuple[Tensor, Tensor]:
-    """Computes a visit's logits, invisible keys −inf.
+@dataclasses.dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a query and a block, sorted by block, pairs with hidden keys apart.
 
-    Args:
-        query: `[B, H_kv, G, T, D]`.
-        key: `[B, H_kv, S, D]`.
-        visit: which part.
-        scale: factor of the logits.
+    Attributes:
+        queries: `[P]` int64.
+        codes: 2 · block + (1 if keys are hidden), ascending.
+        counts: pairs of each code.
+    """
+
+    queries: Tensor
+    codes: list[int]
+    counts: list[int]
+
+
+def _sort_pairs(listed: Tensor, block: int, num_keys: int, low: Tensor, high: Tensor, complete: Tensor | None) -> _Pairs:
+    start = listed.long() * block
+    end = (start + block).clamp_max(num_keys)
+    low, high = low.unsqueeze(1), high.unsqueeze(1)
+    useful = (start >= 0) & (start <= high) & (end > low)
+    partial = (start < low) | (end - 1 > high)
+    if complete is not None:
+        partial = partial | ~complete[listed.clamp_min(0).long()]
+    codes = (2 * listed + partial)[useful]
+    codes, order = codes.sort(stable=True)
+    queries = useful.nonzero()[:, 0].index_select(0, order)
+    distinct, counts = codes.unique_consecutive(return_counts=True)
+    return _Pairs(queries, distinct.tolist(), counts.tolist())
+
+
+def _complete_blocks(valid: Tensor, block: int) -> Tensor:
+    """Which blocks have valid keys only: `[B, S]` to `[B, N_blk]`."""
+    padding = -valid.shape[1] % block
+    return torch.nn.functional.pad(valid, (0, padding), value=True).unflatten(1, (-1, block)).all(-1)
+
+
+def _visit_scores(rows: Tensor, key: Tensor, visit: Visit) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes a visit's logits.
 
     Returns:
-        `(scores [G, m, l'], rows [G·m, D])`, the rows scaled.
+        `(scores [m, G, l'], part [m·G, D], keys [l', D])`: logits, and what they are the product of.
     """
-    chunk = query[visit.batch, visit.head].index_select(1, visit.queries)
-    rows = (chunk.to(accumulation_dtype(query)) * scale).flatten(0, 1)
-    keys = key[visit.batch, visit.head, visit.keys].to(rows.dtype)
-    scores = (rows @ keys.T).unflatten(0, chunk.shape[:2])
-    return scores.masked_fill_(visit.hidden, float("-inf")), rows
+    part = rows[visit.head].index_select(0, visit.queries).flatten(0, 1)
+    keys = key[visit.head][visit.keys].to(rows.dtype)
+    scores = (part @ keys.T).unflatten(0, (visit.queries.shape[0], rows.shape[3]))
+    return (scores if visit.bias is None else scores.add_(visit.bias)), part, keys
 
 
-def accumulate_lists(
-    state: RunningSoftmax,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_indices: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    valid: Tensor | None,
-    block: int,
-    scale: float,
-) -> None:
-    """Adds to `state` the keys of the listed blocks that lie in `lo … hi`.
+def accumulate_lists(state: RunningSoftmax, rows: Tensor, key: Tensor, value: Tensor, visits: Iterator[Visit]) -> None:
+    """Adds the keys of the visits to `state`.
 
     Args:
-        state: running softmax of all queries, updated in place.
-        query: `[B, H_kv, G, T, D]`.
+        state: of all queries, updated in place.
+        rows: query rows `[B, H_kv, T, G, D]`.
         key: `[B, H_kv, S, D]`.
         value: `[B, H_kv, S, D_v]`.
-        block_indices: `[B, H_kv, T, n]` int32, −1 for none.
-        lo: `[B | 1, T]` first key.
-        hi: `[B | 1, T]` last key.
-        valid: `[B, S]` bool or None.
-        block: l'.
-        scale: factor of the logits.
+        visits: which queries attend to which block.
     """
-    for visit in iterate_visits(block_indices, lo, hi, valid, block, key.shape[2], query.shape[2]):
-        scores, _ = visit_scores(query, key, visit, scale)
-        maximum, total, weighted = (part[visit.batch, visit.head] for part in (state.maximum, state.total, state.weighted))
-        rows = visit.queries
-        weights, rescale, new_maximum, new_total = merge_scores(
-            scores, maximum.index_select(1, rows), total.index_select(1, rows)
-        )
-        values = value[visit.batch, visit.head, visit.keys].to(weights.dtype)
-        product = (weights.flatten(0, 1) @ values).unflatten(0, weights.shape[:2])
-        weighted.index_copy_(1, rows, product.addcmul_(weighted.index_select(1, rows), rescale.unsqueeze(-1)))
-        maximum.index_copy_(1, rows, new_maximum)
-        total.index_copy_(1, rows, new_total)
+    for visit in visits:
+        scores, _, _ = _visit_scores(rows, key, visit)
+        reference, total, weighted = (part[visit.head] for part in (state.reference, state.total, state.weighted))
+        current = reference.index_select(0, visit.queries)
+        lifted = lift_reference(current, scores)
+        if lifted is not None:
+            factor = current.sub_(lifted).exp2_()
+            for part in (total, weighted):
+                scaled = part.index_select(0, visit.queries) * factor.reshape(factor.shape + (1,) * (part.dim() - 2))
+                part.index_copy_(0, visit.queries, scaled)
+            reference.index_copy_(0, visit.queries, lifted)
+            current = lifted
+        weights = scores.sub_(current.unsqueeze(-1)).exp2_()
+        total.index_add_(0, visit.queries, weights.sum(-1))
+        product = weights.flatten(0, 1) @ value[visit.head][visit.keys].to(weights.dtype)
+        weighted.index_add_(0, visit.queries, product.unflatten(0, weights.shape[:2]))
 
 
-def accumulate_lists_backward(
-    gradients: Gradients,
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_indices: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    valid: Tensor | None,
-    block: int,
-    scale: float,
-) -> None:
-    """Adds the gradients that flow through the listed blocks' keys in `lo … hi`.
+def accumulate_lists_backward(gradients: Gradients, rows: Tensor, key: Tensor, value: Tensor, visits: Iterator[Visit]) -> None:
+    """Adds the gradients that flow through the visits.
 
     Args:
         gradients: updated in place.
-        grad_output: `[B, H_kv, G, T, D_v]`.
-        query: `[B, H_kv, G, T, D]`.
+        rows: query rows `[B, H_kv, T, G, D]`.
         key: `[B, H_kv, S, D]`.
         value: `[B, H_kv, S, D_v]`.
-        block_indices: `[B, H_kv, T, n]` int32, −1 for none.
-        lse: `[B, H_kv, G, T]` of the whole softmax; +inf for rows that see nothing.
-        delta: `[B, H_kv, G, T]`.
-        lo: `[B | 1, T]` first key.
-        hi: `[B | 1, T]` last key.
-        valid: `[B, S]` bool or None.
-        block: l'.
-        scale: factor of the logits.
+        visits: which queries attend to which block.
     """
-    for visit in iterate_visits(block_indices, lo, hi, valid, block, key.shape[2], query.shape[2]):
-        scores, rows = visit_scores(query, key, visit, scale)
-        at = (visit.batch, visit.head)
-        weights = scores.sub_(lse[at].index_select(1, visit.queries).unsqueeze(-1)).exp_().flatten(0, 1)
-        grads = grad_output[at].index_select(1, visit.queries).to(rows.dtype).flatten(0, 1)
-        keys, values = (tensor[at][visit.keys].to(rows.dtype) for tensor in (key, value))
-        row_deltas = delta[at].index_select(1, visit.queries).flatten(0, 1)
-        grad_scores = (grads @ values.T).sub_(row_deltas.unsqueeze(-1)).mul_(weights)
-        gradients.value[at][visit.keys] += weights.T @ grads
-        gradients.key[at][visit.keys] += grad_scores.T @ rows
-        grad_rows = (grad_scores @ keys).mul_(scale).unflatten(0, scores.shape[:2])
-        gradients.query[at].index_add_(1, visit.queries, grad_rows)
+    for visit in visits:
+        scores, part, keys = _visit_scores(rows, key, visit)
+        lse, delta, grads = (
+            each[visit.head].index_select(0, visit.queries)
+            for each in (gradients.lse, gradients.delta, gradients.output)
+        )
+        grads = grads.flatten(0, 1)
+        values = value[visit.head][visit.keys].to(rows.dtype)
+        weights = scores.sub_(lse.unsqueeze(-1)).exp2_()
+        grad_scores = (grads @ values.T).unflatten(0, weights.shape[:2]).sub_(delta.unsqueeze(-1)).mul_(weights)
+        grad_scores, flat = grad_scores.flatten(0, 1), weights.flatten(0, 1)
+        gradients.value[visit.head][visit.keys].add_(flat.T @ grads)
+        gradients.key[visit.head][visit.keys].add_(grad_scores.T @ part)
+        grad_rows = (grad_scores @ keys).unflatten(0, weights.shape[:2])
+        gradients.query[visit.head].index_add_(0, visit.queries, grad_rows)

@@ -1,19 +1,22 @@
 """One softmax over the keys that a branch names: a contiguous range of keys, listed blocks, or both."""
 
 import dataclasses
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from nsa_compile.kernels.blockwise.lists import accumulate_lists, accumulate_lists_backward
-from nsa_compile.kernels.blockwise.tiles import (
-    Gradients,
-    RunningSoftmax,
-    accumulate_interval,
-    accumulate_interval_backward,
-    accumulation_dtype,
-    group_heads,
+from nsa_compile.kernels.blockwise.gathers import (
+    Gather,
+    accumulate_gathers,
+    accumulate_gathers_backward,
+    iterate_gathers,
 )
+from nsa_compile.kernels.blockwise.lists import Visit, accumulate_lists, accumulate_lists_backward, iterate_visits
+from nsa_compile.kernels.blockwise.ranges import accumulate_ranges, accumulate_ranges_backward
+from nsa_compile.kernels.blockwise.state import Gradients, RunningSoftmax, query_rows
+
+# Elements that can be gathered in the time of one step over a block: about 0.1 ms on a CPU.
+_STEP_COST = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,16 @@ class KeyRange:
 
     lo: Tensor
     hi: Tensor
+
+    def accumulate(self, state: RunningSoftmax, rows: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+        """Adds the part's keys to `state`."""
+        accumulate_ranges(state, rows, key, value, self.lo, self.hi, valid)
+
+    def accumulate_backward(
+        self, gradients: Gradients, rows: Tensor, key: Tensor, value: Tensor, valid: Tensor | None
+    ) -> None:
+        """Adds the gradients that flow through the part's keys."""
+        accumulate_ranges_backward(gradients, rows, key, value, self.lo, self.hi, valid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +53,36 @@ class ListedBlocks:
     lo: Tensor
     hi: Tensor
 
+    def accumulate(self, state: RunningSoftmax, rows: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+        """Adds the part's keys to `state`."""
+        if self._is_query_major(key, value):
+            accumulate_gathers(state, rows, key, value, self._gathers(rows, value, valid))
+        else:
+            accumulate_lists(state, rows, key, value, self._visits(rows, key, valid))
+
+    def accumulate_backward(
+        self, gradients: Gradients, rows: Tensor, key: Tensor, value: Tensor, valid: Tensor | None
+    ) -> None:
+        """Adds the gradients that flow through the part's keys."""
+        if self._is_query_major(key, value):
+            accumulate_gathers_backward(gradients, rows, key, value, self._gathers(rows, value, valid))
+        else:
+            accumulate_lists_backward(gradients, rows, key, value, self._visits(rows, key, valid))
+
+    def _is_query_major(self, key: Tensor, value: Tensor) -> bool:
+        """Whether gathering each query's keys costs less than a step for each block, by a rough model."""
+        num_queries, num_selected = self.block_indices.shape[2:]
+        num_blocks = (key.shape[2] + self.block - 1) // self.block
+        gathered = num_queries * num_selected * self.block * (key.shape[3] + value.shape[3])
+        return gathered <= _STEP_COST * min(num_queries * num_selected, num_blocks)
+
+    def _gathers(self, rows: Tensor, value: Tensor, valid: Tensor | None) -> Iterator[Gather]:
+        size, num_keys = value.shape[3], value.shape[2]
+        return iterate_gathers(rows, size, self.block_indices, self.block, num_keys, self.lo, self.hi, valid)
+
+    def _visits(self, rows: Tensor, key: Tensor, valid: Tensor | None) -> Iterator[Visit]:
+        return iterate_visits(rows, self.block_indices, self.block, key.shape[2], self.lo, self.hi, valid)
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float, *parts: KeyRange | ListedBlocks
@@ -57,15 +100,10 @@ def attend(
     Returns:
         `(output [B, H, T, D_v], lse [B, H, T])`.
     """
-    state = RunningSoftmax.empty(query, value)
-    rows = group_heads(query, key.shape[1])
+    rows = query_rows(query, key.shape[1], scale)
+    state = RunningSoftmax.empty(rows, value.shape[-1])
     for part in parts:
-        if isinstance(part, KeyRange):
-            accumulate_interval(state, rows, key, value, part.lo, part.hi, valid, scale)
-        else:
-            accumulate_lists(
-                state, rows, key, value, part.block_indices, part.lo, part.hi, valid, part.block, scale
-            )
+        part.accumulate(state, rows, key, value, valid)
     return state.finish(query.dtype)
 
 
@@ -96,30 +134,8 @@ def attend_backward(
     Returns:
         `(grad_query, grad_key, grad_value)`, shapes and dtypes of query, key and value.
     """
-    dtype = accumulation_dtype(query)
-    delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1)
-    finite = torch.where(lse == float("-inf"), float("inf"), lse)  # exp(logit − inf) = 0: such rows have no gradient
-    rows, grads, row_lse, row_delta = (group_heads(each, key.shape[1]) for each in (query, grad_output, finite, delta))
-    gradients = Gradients.zeros(rows, key, value)
+    rows = query_rows(query, key.shape[1], scale)
+    gradients = Gradients.start(grad_output, output, lse, rows, key, value)
     for part in parts:
-        if isinstance(part, KeyRange):
-            accumulate_interval_backward(
-                gradients, grads, rows, key, value, row_lse, row_delta, part.lo, part.hi, valid, scale
-            )
-        else:
-            accumulate_lists_backward(
-                gradients,
-                grads,
-                rows,
-                key,
-                value,
-                part.block_indices,
-                row_lse,
-                row_delta,
-                part.lo,
-                part.hi,
-                valid,
-                part.block,
-                scale,
-            )
-    return gradients.finish(query.dtype)
+        part.accumulate_backward(gradients, rows, key, value, valid)
+    return gradients.finish(scale, query.dtype)

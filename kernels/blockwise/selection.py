@@ -1,13 +1,16 @@
 """Block selection without gradient: exact scores from compressed attention, then the n best blocks of each query."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from nsa_compile.kernels.blockwise.bounds import compressed_bounds, visible_bounds
-from nsa_compile.kernels.blockwise.tiles import accumulation_dtype, group_heads, hide_keys
+from nsa_compile.kernels.blockwise.state import hidden_bias, query_rows, to_log2_rows
 
-# Elements of the largest score chunk [B, H, c, N_cmp].
-_CHUNK_ELEMENTS = 1 << 21
+# Elements of the largest chunk of logits, [B, H_kv, c, G, N_cmp].
+_CHUNK_ELEMENTS = 1 << 19
+_LEAST_QUERIES = 8
 
 
 def select_blocks(
@@ -60,55 +63,104 @@ def select_blocks(
     lists = query.new_full((batch, num_kv_heads, num_queries, num_selected), -1, dtype=torch.int32)
     if lists.numel() == 0 or num_blocks == 0:
         return lists
+    rows = query_rows(query, num_kv_heads, scale)
+    row_lse = None if lse is None else to_log2_rows(lse, num_kv_heads)
     lo, hi = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=num_keys)
-    token_lo, token_hi = compressed_bounds(lo, hi, block_length, block_stride)
-    rows = group_heads(query, num_kv_heads)
-    row_lse = None if lse is None else group_heads(lse, num_kv_heads)
-    candidates = _Candidates(lo, hi, block_valid, selection_block, num_blocks)
-    chunk = max(1, _CHUNK_ELEMENTS // (batch * heads * max(num_compressed, num_blocks)))
+    size = batch * heads * max(num_compressed, num_blocks)
+    chunk = max(_LEAST_QUERIES, _CHUNK_ELEMENTS // size)
     for begin in range(0, num_queries, chunk):
         at = slice(begin, min(begin + chunk, num_queries))
-        candidate, from_start, from_end = candidates.ranks(at)
-        scores = query.new_zeros((batch, num_kv_heads, at.stop - at.start, num_blocks), dtype=accumulation_dtype(query))
-        visible = min(num_compressed, int(token_hi[:, at].max()) + 1)
-        if visible > 0 and int(candidate.sum(-1).max()) > num_selected:
-            logits = (rows[:, :, :, at].to(scores.dtype) * scale).flatten(2, 3) @ compressed_key[:, :, :visible].to(
-                scores.dtype
-            ).transpose(-1, -2)
-            logits = logits.unflatten(2, (heads // num_kv_heads, at.stop - at.start))
-            position = torch.arange(visible, device=query.device)
-            valid = None if compressed_valid is None else compressed_valid[:, :visible]
-            hide_keys(logits, position, token_lo[:, at], token_hi[:, at], valid)
-            normaliser = logits.logsumexp(-1) if row_lse is None else row_lse[:, :, :, at]
-            finite = torch.where(normaliser == float("-inf"), 0.0, normaliser)
-            mass = logits.sub_(finite.unsqueeze(-1)).exp_().sum(2)
+        found = _candidates(lo[:, at], hi[:, at], block_valid, selection_block, num_blocks)
+        if found is None:
+            continue
+        scores = rows.new_zeros((batch, num_kv_heads, at.stop - begin, found.candidate.shape[-1]))
+        if int(found.candidate.sum(-1).max()) > num_selected:  # else all candidates are listed, whatever their scores
+            mass = _probability_mass(
+                rows[:, :, at],
+                compressed_key,
+                None if row_lse is None else row_lse[:, :, at],
+                *compressed_bounds(lo[:, at], hi[:, at], block_length, block_stride),
+                compressed_valid,
+                found.first_block * (selection_block // block_stride),
+            )
             fold_to_blocks(mass, scores, block_length, block_stride, selection_block)
-        forced = candidate & ((from_start < num_initial) | (from_end < num_local))
-        scores = torch.where(forced.unsqueeze(1), float("inf"), scores)
-        scores = torch.where(candidate.unsqueeze(1), scores, -1.0)
-        lists[:, :, at] = best_blocks(scores, num_selected)
+        forced = found.candidate & ((found.from_start < num_initial) | (found.from_end < num_local))
+        scores.masked_fill_(forced.unsqueeze(1), float("inf")).masked_fill_(~found.candidate.unsqueeze(1), -1.0)
+        lists[:, :, at] = best_blocks(scores, num_selected, found.first_block)
     return lists
 
 
+@dataclasses.dataclass(frozen=True)
 class _Candidates:
-    """Candidate blocks of each query, and their ranks from both ends."""
+    """Candidate blocks of a chunk of queries, in the range of blocks that holds them all.
 
-    def __init__(self, lo: Tensor, hi: Tensor, block_valid: Tensor | None, selection_block: int, num_blocks: int) -> None:
-        self._empty = lo > hi
-        self._first = torch.div(lo, selection_block, rounding_mode="floor").clamp_min(0)
-        self._last = torch.div(hi, selection_block, rounding_mode="floor").clamp_max(num_blocks - 1)
-        self._block = torch.arange(num_blocks, device=lo.device)
-        self._valid = block_valid
+    Attributes:
+        first_block: where the range starts.
+        candidate: `[B | 1, c, R]` bool, for the R blocks of the range.
+        from_start: rank among the candidates, `[B | 1, c, R]`; meaningless for other blocks.
+        from_end: rank from the last candidate.
+    """
 
-    def ranks(self, at: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `(candidate, from_start, from_end)` for a slice of T, each `[B | 1, c, N_blk]`."""
-        first, last = self._first[:, at, None], self._last[:, at, None]
-        candidate = (self._block >= first) & (self._block <= last) & ~self._empty[:, at, None]
-        if self._valid is None:
-            return candidate, self._block - first, last - self._block
-        candidate = candidate & self._valid[:, None]
-        seen = candidate.cumsum(-1)
-        return candidate, seen - 1, seen[..., -1:] - seen
+    first_block: int
+    candidate: Tensor
+    from_start: Tensor
+    from_end: Tensor
+
+
+def _candidates(
+    lo: Tensor, hi: Tensor, block_valid: Tensor | None, selection_block: int, num_blocks: int
+) -> _Candidates | None:
+    """Finds the blocks between the bounds `[B | 1, c]`; None when no query has any."""
+    first = torch.div(lo, selection_block, rounding_mode="floor").clamp_min(0)
+    last = torch.div(hi, selection_block, rounding_mode="floor").clamp_max(num_blocks - 1)
+    last = torch.where(lo > hi, -1, last)
+    first_block = int(torch.where(first > last, num_blocks, first).min())
+    last_block = int(torch.where(first > last, -1, last).max())
+    if first_block > last_block:
+        return None
+    block = torch.arange(first_block, last_block + 1, device=lo.device)
+    first, last = first.unsqueeze(-1), last.unsqueeze(-1)
+    candidate = (block >= first) & (block <= last)
+    if block_valid is None:
+        return _Candidates(first_block, candidate, block - first, last - block)
+    candidate = candidate & block_valid[:, None, first_block : last_block + 1]
+    seen = candidate.cumsum(-1)
+    return _Candidates(first_block, candidate, seen - 1, seen[..., -1:] - seen)
+
+
+def _probability_mass(
+    rows: Tensor, compressed_key: Tensor, lse: Tensor | None, lo: Tensor, hi: Tensor, valid: Tensor | None, start: int
+) -> Tensor:
+    """Sums the compressed branch's probabilities over each group.
+
+    Args:
+        rows: query rows `[B, H_kv, c, G, D]`.
+        compressed_key: `[B, H_kv, N_cmp, D]`.
+        lse: rows `[B, H_kv, c, G]` in units of log 2, or None.
+        lo: `[B | 1, c]` first visible compressed token.
+        hi: `[B | 1, c]` last one.
+        valid: `[B, N_cmp]` bool or None.
+        start: no token before this one is visible.
+
+    Returns:
+        `[B, H_kv, c, M]`, for the M tokens from `start` to the last visible one.
+    """
+    stop = max(start, min(compressed_key.shape[2], int(hi.max()) + 1))
+    if stop == start:
+        return rows.new_zeros((*rows.shape[:3], 0))
+    keys = compressed_key[:, :, start:stop].to(rows.dtype)
+    scores = (rows.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, rows.shape[2:4])
+    position = torch.arange(start, stop, device=rows.device)
+    hidden = (position < lo.unsqueeze(-1)) | (position > hi.unsqueeze(-1))
+    if valid is not None:
+        hidden = hidden | ~valid[:, None, start:stop]
+    scores.add_(hidden_bias(hidden, rows.dtype)[:, None, :, None])
+    if lse is not None:
+        return scores.sub_(lse.unsqueeze(-1)).exp2_().sum(3)
+    reference = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).min)
+    weights = scores.sub_(reference).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    return weights.div_(total.masked_fill_(total == 0, 1.0)).sum(3)
 
 
 def fold_to_blocks(mass: Tensor, scores: Tensor, block_length: int, block_stride: int, selection_block: int) -> None:
@@ -130,24 +182,26 @@ def fold_to_blocks(mass: Tensor, scores: Tensor, block_length: int, block_stride
     scores += chunks[..., : num_blocks * per_block].unflatten(-1, (num_blocks, per_block)).sum(-1)
 
 
-def best_blocks(scores: Tensor, num_selected: int) -> Tensor:
+def best_blocks(scores: Tensor, num_selected: int, first_block: int) -> Tensor:
     """Returns the n highest-scoring blocks, ties to the later block, ascending, padded with −1.
 
     Args:
-        scores: `[B, H_kv, c, N_blk]`; negative for blocks that are no candidates.
+        scores: `[B, H_kv, c, R]`; negative for blocks that are no candidates.
         num_selected: n.
+        first_block: number of the block that column 0 stands for.
 
     Returns:
         `[B, H_kv, c, n]` int32.
     """
     num_blocks = scores.shape[-1]
     count = min(num_selected, num_blocks)
-    threshold = scores.topk(count, dim=-1, sorted=True).values[..., -1:]
-    above, level = scores > threshold, (scores == threshold)
+    threshold = scores.topk(count, dim=-1).values[..., -1:]
+    above = scores > threshold
+    level = (scores == threshold) & (scores >= 0)
     wanted = count - above.sum(-1, keepdim=True)
-    from_end = level.flip(-1).cumsum(-1).flip(-1)
-    chosen = (above | (level & (from_end <= wanted))) & (scores >= 0)
+    if bool((level.sum(-1, keepdim=True) > wanted).any()):  # a tie
+        level &= level.flip(-1).cumsum(-1).flip(-1) <= wanted
     block = torch.arange(num_blocks, dtype=torch.int32, device=scores.device)
-    listed = torch.where(chosen, block, num_blocks).topk(count, dim=-1, largest=False, sorted=True).values
-    listed = torch.where(listed == num_blocks, -1, listed)
+    listed = torch.where(above | level, block, num_blocks).topk(count, dim=-1, largest=False).values
+    listed = torch.where(listed == num_blocks, -1, listed + first_block)
     return torch.nn.functional.pad(listed, (0, num_selected - count), value=-1).to(torch.int32)
