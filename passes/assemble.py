@@ -8,9 +8,9 @@ from torch import fx
 from nsa_compile.passes.axes import Axis, Dimension, Dimensions, leaves, resolved
 from nsa_compile.passes.layout import LabelledTensor, arrange, operand
 from nsa_compile.passes.metadata import dtype_of
+from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.repetition import HeadGroups, head_groups, sources
 from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Operand, Place, Reason, Rejection
-from nsa_compile.passes.writers import Writers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Parts:
     scale: "float | fx.Node | None" = None
 
 
-def assemble(parts: Parts, place: Place, writers: Writers) -> AttentionSite | Rejection:
+def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Rejection:
     """Finds how each part is viewed in the operator's layout.
 
     Args:
         parts: what was read.
         place: where the attention is.
-        writers: the in-place writes of its graph.
+        writes: the in-place writes of its graph.
 
     Returns:
         The site; or the first thing about the layout that the operator cannot express.
@@ -60,9 +60,9 @@ def assemble(parts: Parts, place: Place, writers: Writers) -> AttentionSite | Re
         return Rejection(reason, sentence, nodes or (place.node,), place)
 
     reader = place.node
-    queries, keys, values = (sources(part, reader, writers) for part in (parts.query, parts.key, parts.value))
+    queries, keys, values = (sources(part, reader, writes) for part in (parts.query, parts.key, parts.value))
     groups = head_groups(parts.query, keys, values, (*parts.length, *parts.depth))
-    masks = [(sources(mask, reader, writers), kind) for mask, kind in parts.masks]
+    masks = [(sources(mask, reader, writes), kind) for mask, kind in parts.masks]
     depended = frozenset().union(*(mask[-1].axes for mask, _ in masks)) if masks else frozenset()
     batch = _batch(parts, groups, depended)
     if not batch <= set(groups.own):

@@ -18,7 +18,7 @@ SYNONYMS: Mapping[str, str] = {}
 
 
 def operation(node: fx.Node) -> str:
-    """Returns the canonical name of what a node computes: "matmul" for `@`, `torch.matmul` and `aten.matmul.default`."""
+    """Returns the canonical name of what a node computes: "matmul" for `@`, `torch.matmul`, `aten.matmul.default`."""
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":

@@ -9,9 +9,9 @@ from torch import fx
 
 from nsa_compile.passes.calls import operation
 from nsa_compile.passes.metadata import dtype_of, recorded_value, shape_of
+from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.sites import AttentionSite
 from nsa_compile.passes.views import is_view
-from nsa_compile.passes.writers import Writers
 
 _SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
 # Names that tracers give to parameters and buffers: Dynamo's, and torch.export's prefixes.
@@ -45,8 +45,7 @@ class ActivationFlow:
                 probabilities.add(node)
             elif probabilities.isdisjoint(node.all_input_nodes) and "attention" not in operation(node):
                 self._add(node)
-        for writer, base in Writers(graph_module).writes():
-            self._flow.add_edges_from((read, base) for read in writer.all_input_nodes if read in self._flow)
+        self._follow_writes(graph_module.graph)
 
     def relate(self, site: AttentionSite) -> Relation:
         """Tells whether a site's keys are computed from the sequence that its queries are computed from."""
@@ -56,6 +55,19 @@ class ActivationFlow:
         if all(node.op == "placeholder" for node in queries | keys):
             return Relation.UNKNOWN
         return Relation.DIFFERENT_SEQUENCES
+
+    def _follow_writes(self, graph: fx.Graph) -> None:
+        """Lets what is written in place flow into every view of the memory it is written to."""
+        views: dict[int, list[fx.Node]] = {}
+        for node in self._flow.nodes:
+            storage = Writes.storage(node)
+            if storage is not None:
+                views.setdefault(storage, []).append(node)
+        for writer in graph.nodes:
+            for written in written_by(writer):
+                reached = views.get(Writes.storage(written) or 0, ())
+                read = [each for each in writer.all_input_nodes if each in self._flow and each is not written]
+                self._flow.add_edges_from((source, view) for source in read for view in reached)
 
     def _origins(self, node: fx.Node) -> set[fx.Node]:
         return nx.ancestors(self._flow, node) | {node} if node in self._flow else set()

@@ -8,8 +8,8 @@ from torch import fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from nsa_compile.passes.metadata import VALUE_KEYS, fake_mode_of, recorded_value, tensor_of, value_key
+from nsa_compile.passes.predicate.writes import written_by
 from nsa_compile.passes.sites import Operand, Shape, Step
-from nsa_compile.passes.writers import writes_memory
 
 # What is recorded of one node's value, and is another's for a new node.
 _OWN_META = (*VALUE_KEYS, "tensor_meta", "unbacked_bindings", "torch_fn", "source_fn_stack", "original_aten")
@@ -82,16 +82,16 @@ def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list
     Returns:
         Placeholders that are without users now; they stay.
     """
-    unused: list[fx.Node] = []
+    unused: dict[fx.Node, None] = {}
     pending = list(orphans)
     while pending:
         node = pending.pop()
         if node.users or node.graph is not graph_module.graph or node._erased:
             continue
         if node.op == "placeholder":
-            unused.append(node)
-        elif node.op == "get_attr" or not (node.is_impure() or writes_memory(graph_module, node)):
+            unused[node] = None
+        elif node.op == "get_attr" or not (node.is_impure() or written_by(node)):
             inputs = node.all_input_nodes
             graph_module.graph.erase_node(node)
             pending.extend(inputs)
-    return unused
+    return list(unused)

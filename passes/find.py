@@ -2,10 +2,10 @@
 
 from torch import fx
 
+from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.scopes import walk_scopes
 from nsa_compile.passes.sdpa import is_sdpa_call, read_sdpa_call
 from nsa_compile.passes.sites import AttentionSite, Rejection
-from nsa_compile.passes.writers import Writers
 
 
 def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
@@ -19,7 +19,7 @@ def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
     """
     found: list[AttentionSite | Rejection] = []
     for scope in walk_scopes(graph_module):
-        writers = Writers(scope.graph_module)
+        writes = Writes(scope.graph_module.graph)
         nodes = scope.graph_module.graph.nodes
-        found += [read_sdpa_call(node, scope, writers) for node in nodes if is_sdpa_call(node)]
+        found += [read_sdpa_call(node, scope, writes) for node in nodes if is_sdpa_call(node)]
     return found

@@ -40,20 +40,13 @@ def tensor_of(node: Any) -> torch.Tensor | None:
 def shape_of(node: Any) -> Shape | None:
     """Returns the symbolic shape of a node's tensor; None where the graph does not say."""
     tensor = tensor_of(node)
-    if tensor is not None:
-        return tuple(tensor.shape)
-    recorded = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    shape = getattr(recorded, "shape", None)
-    return None if shape is None else tuple(shape)
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
     """Returns the dtype of a node's tensor; None where the graph does not say."""
     tensor = tensor_of(node)
-    if tensor is not None:
-        return tensor.dtype
-    recorded = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return getattr(recorded, "dtype", None)
+    return None if tensor is None else tensor.dtype
 
 
 def number_of(value: Any) -> "float | int | bool | None":
@@ -66,7 +59,7 @@ def number_of(value: Any) -> "float | int | bool | None":
         return value
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         expression = value.node.expr
-        if expression.is_number or expression.is_Boolean and expression.is_Atom and not expression.is_Symbol:
+        if not expression.free_symbols:
             return value.node.pytype(expression)
     return None
 
@@ -131,5 +124,5 @@ def dotted_name(path: str) -> str:
     """Turns a tracer's path, "L['self'].model.layers.0" or "L['self'].layers[0]", into "model.layers.0"."""
     root = re.match(r"[A-Z]\['[^']*'\]\.?", path)
     path = path[root.end() :] if root else path
-    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
+    path = re.sub(r"(?:__dict__\['_modules'\]|_modules)\['([^']*)'\]", r"\1", path)
     return re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path).strip(".")

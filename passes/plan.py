@@ -11,7 +11,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, s
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.passes.dataflow import ActivationFlow, Relation
+from nsa_compile.passes.mask import MaskProver, VisibleKeys
 from nsa_compile.passes.metadata import dtype_of, number_of, recorded_value, same_size, tensor_of
+from nsa_compile.passes.scopes import is_extensible
 from nsa_compile.passes.sites import AttentionSite, Place, Reason, Rejection, Size
 
 # Largest head size that the GPU kernels keep in registers and shared memory.
@@ -30,7 +32,7 @@ class Decision:
         place: where it is.
         site: how it was read; None where it could not be.
         scale: factor of the scores, as a number; None for 1/sqrt(D).
-        visible: the proved masks; None where there is no mask, or no proof.
+        visible: the keys that each query sees; None where that is not proved.
         mask: what a query sees, in a few words; "" where that is unknown.
         proof: how that was proved, a sentence for each part.
         rejection: why it stays as it is; None where it is rewritten.
@@ -39,7 +41,7 @@ class Decision:
     place: Place
     site: AttentionSite | None = None
     scale: float | None = None
-    visible: Any = None
+    visible: VisibleKeys | None = None
     mask: str = ""
     proof: tuple[str, ...] = ()
     rejection: Rejection | None = None
@@ -52,10 +54,12 @@ class RewritePlan:
     Attributes:
         config: the configuration that the rewritten sites get.
         decisions: one for each attention, in order.
+        prover: what proved the masks; it knows how to compute visible keys in the graph.
     """
 
     config: NSAConfig
     decisions: tuple[Decision, ...]
+    prover: MaskProver = dataclasses.field(repr=False, compare=False)
 
     @property
     def rewrites(self) -> tuple[Decision, ...]:
@@ -76,44 +80,68 @@ def plan_rewrite(found: Sequence[AttentionSite | Rejection], config: NSAConfig) 
     Returns:
         The plan, a decision for each of `found`.
     """
-    policy = _Policy(config)
-    return RewritePlan(config, tuple(policy.decide(each) for each in found))
+    prover = MaskProver()
+    policy = _Policy(config, prover)
+    return RewritePlan(config, tuple(policy.decide(each) for each in found), prover)
 
 
 class _Policy:
-    def __init__(self, config: NSAConfig) -> None:
+    def __init__(self, config: NSAConfig, prover: MaskProver) -> None:
         self._config = config
+        self._prover = prover
         self._flows: dict[fx.GraphModule, ActivationFlow] = {}
 
     def decide(self, found: AttentionSite | Rejection) -> Decision:
         if isinstance(found, Rejection):
             return Decision(found.place, rejection=found)
-        rejection = self._not_causal(found) or self._not_supported(found)
-        scale = _specialized(found.scale)
-        if rejection is None and found.scale is not None and scale is None:
-            rejection = Rejection(Reason.UNSUPPORTED_SCALE, f"The scale is {found.scale}, known only at run time.")
-        rejection = rejection or self._not_wanted(found)
-        mask = "causal" if found.is_causal else "all keys" if not found.masks else ""
-        if rejection is not None:
-            rejection = dataclasses.replace(rejection, nodes=rejection.nodes or (found.node,), place=found.place)
-        return Decision(found.place, found, scale, None, mask, (), rejection)
+        visible = self._prover.visible_keys(found)
+        if isinstance(visible, Rejection):
+            return self._declined(found, self._explained(found, visible))
+        decision = Decision(
+            place=found.place,
+            site=found,
+            scale=None if found.scale is None else _specialized(found.scale),
+            visible=visible,
+            mask=visible.describe(),
+            proof=visible.proof,
+        )
+        rejection = (
+            self._not_causal(found)
+            or _not_reachable(decision)
+            or self._not_supported(decision)
+            or self._not_wanted(found)
+        )
+        return decision if rejection is None else self._declined(found, rejection, decision)
+
+    def _declined(self, site: AttentionSite, rejection: Rejection, decision: Decision | None = None) -> Decision:
+        named = dataclasses.replace(rejection, nodes=rejection.nodes or (site.node,), place=site.place)
+        return dataclasses.replace(decision or Decision(site.place, site), rejection=named)
+
+    def _explained(self, site: AttentionSite, rejection: Rejection) -> Rejection:
+        """Tells apart the two kinds of attention to keys after the query."""
+        if rejection.reason is Reason.BIDIRECTIONAL:
+            return self._is_cross_attention(site) or rejection
+        return rejection
 
     def _not_causal(self, site: AttentionSite) -> Rejection | None:
-        """Declines attention to keys that come after the query, unless it decodes: one query that sees all keys."""
-        if site.is_causal:
-            return None
-        flow = self._flows.setdefault(site.scope.graph_module, ActivationFlow(site.scope.graph_module))
-        relation = flow.relate(site)
-        if relation is Relation.DIFFERENT_SEQUENCES:
-            sentence = f"Keys ({site.key.node}) come from another sequence than queries ({site.query.node})."
-            return Rejection(Reason.CROSS_ATTENTION, sentence, (site.query.node, site.key.node))
-        if same_size(site.query_length, 1):
-            return None
-        return Rejection(Reason.BIDIRECTIONAL, "Every query sees every key: there is no mask, and is_causal is False.")
+        """Declines a single query's cross-attention: nothing in its mask tells it from decoding."""
+        return self._is_cross_attention(site) if same_size(site.query_length, 1) else None
 
-    def _not_supported(self, site: AttentionSite) -> Rejection | None:
+    def _is_cross_attention(self, site: AttentionSite) -> Rejection | None:
+        owner = site.scope.graph_module
+        if owner not in self._flows:
+            self._flows[owner] = ActivationFlow(owner)
+        if self._flows[owner].relate(site) is not Relation.DIFFERENT_SEQUENCES:
+            return None
+        sentence = f"Keys ({site.key.node}) come from another sequence than queries ({site.query.node})."
+        return Rejection(Reason.CROSS_ATTENTION, sentence, (site.query.node, site.key.node))
+
+    def _not_supported(self, decision: Decision) -> Rejection | None:
+        site = decision.site
+        if site.scale is not None and decision.scale is None:
+            return Rejection(Reason.UNSUPPORTED_SCALE, f"The scale is {site.scale}, which is known only at run time.")
         dtype, tensor = dtype_of(site.query.node), tensor_of(site.query.node)
-        device = tensor.device.type if tensor is not None else "cpu"
+        device = tensor.device.type
         if dtype not in _DTYPES.get(device, _DTYPES["other"]):
             return Rejection(Reason.UNSUPPORTED_DTYPE, f"The dtype is {dtype} on {device}.")
         sizes = (site.query.shape[3], site.value.shape[3])
@@ -130,6 +158,18 @@ class _Policy:
         if not is_at_least(site.key_length, least):
             return Rejection(Reason.TOO_SHORT, f"{site.key_length} keys are fewer than min_keys={least}.")
         return None
+
+
+def _not_reachable(decision: Decision) -> Rejection | None:
+    """Declines sites in a body that what their mask is made of cannot be handed to."""
+    scope = decision.place.scope
+    while not decision.visible.is_trivial and scope.graph_module is not decision.visible.scope.graph_module:
+        if not is_extensible(scope):
+            call = scope.calls[0]
+            sentence = f"What the mask is made of cannot be handed to {scope.path}, which {call} runs."
+            return Rejection(Reason.SHARED_BODY, sentence, (call,))
+        scope = scope.parent
+    return None
 
 
 def is_at_least(size: Size, least: int) -> bool:

@@ -12,11 +12,11 @@ from torch import fx
 
 from nsa_compile.passes.axes import Axis, Dimensions, leaves, resolved
 from nsa_compile.passes.layout import LabelledTensor
+from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.views import back_through
-from nsa_compile.passes.writers import Writers
 
 
-def sources(tensor: LabelledTensor, reader: fx.Node, writers: Writers) -> list[LabelledTensor]:
+def sources(tensor: LabelledTensor, reader: fx.Node, writes: Writes) -> list[LabelledTensor]:
     """Lists the tensor and what it is a view or a repetition of, nearest first.
 
     Only such sources are listed as hold, where `reader` runs, what they held when the view was made.
@@ -24,7 +24,7 @@ def sources(tensor: LabelledTensor, reader: fx.Node, writers: Writers) -> list[L
     found = [tensor]
     while (step := back_through(found[-1].node, found[-1].dims)) is not None:
         node, dims = step
-        if writers.is_written_between(node, found[-1].node, reader):
+        if any(True for _ in writes.between(node, writes.position(found[-1].node), writes.position(reader))):
             break
         found.append(LabelledTensor(node, dims))
     return found

@@ -1,14 +1,24 @@
 """The only step that changes a graph: the sites of a plan become `torch.ops.nsa.attention`."""
 
+from collections.abc import Hashable
+
 from torch import fx
 
-from nsa_compile.config import NSAConfig
+from nsa_compile.passes.bodies import bring_in, take_out
 from nsa_compile.passes.emission import Emitter, erase_dead
+from nsa_compile.passes.mask import VisibleKeys
+from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.plan import Decision, RewritePlan
+from nsa_compile.passes.predicate.emission import EmittedInterval
+from nsa_compile.passes.scopes import is_extensible
+from nsa_compile.passes.sites import Scope
 
 
 def apply_plan(graph_module: fx.GraphModule, plan: RewritePlan) -> fx.GraphModule:
-    """Rewrites the plan's sites in place; every other node stays as it is.
+    """Rewrites the plan's sites in place; every other node stays as it is, and in its order.
+
+    A site's operator stands where the site stood, so it reads what the site read, written buffers included.  What
+    a mask lets queries see is computed once for all sites that share it.
 
     Args:
         graph_module: the graph that the plan was made for, unchanged since.
@@ -17,35 +27,112 @@ def apply_plan(graph_module: fx.GraphModule, plan: RewritePlan) -> fx.GraphModul
     Returns:
         `graph_module`.
     """
-    changed: dict[fx.GraphModule, None] = {}
-    for decision in plan.rewrites:
-        _rewrite_site(decision, plan.config)
-        changed[decision.place.scope.graph_module] = None
-    for each in changed:
-        each.graph.lint()
-        each.recompile()
+    if plan.rewrites:
+        _Rewrite(graph_module, plan).apply()
     return graph_module
 
 
-def _rewrite_site(decision: Decision, config: NSAConfig) -> None:
-    site = decision.site
-    graph_module = site.scope.graph_module
-    emitter = Emitter(graph_module, site.node)
-    query, key, value = (emitter.operand(operand) for operand in (site.query, site.key, site.value))
-    shape = (*site.query.shape[:3], site.value.shape[3])
-    result = emitter.attention(
-        (query, key, value),
-        {"is_causal": site.is_causal, "scale": decision.scale, **config.operator_arguments()},
-        shape,
-    )
-    for step in site.output:
-        result = emitter.step(result, step)
-    orphans = list(site.node.all_input_nodes)
-    old_name = site.node.name
-    is_output = any(user.op == "output" for user in site.node.users)
-    site.node.replace_all_uses_with(result)
-    graph_module.graph.erase_node(site.node)
-    if is_output:
-        # torch.export's signature knows outputs by name.
-        result.name = old_name
-    erase_dead(graph_module, orphans)
+class _Rewrite:
+    def __init__(self, graph_module: fx.GraphModule, plan: RewritePlan) -> None:
+        self._plan = plan
+        self._scopes: dict[fx.GraphModule, Scope] = {}
+        self._orphans: dict[fx.GraphModule, list[fx.Node]] = {}
+        self._intervals: dict[Hashable, EmittedInterval] = {}
+        # Interval node and body -> the placeholder that brings it in.
+        self._brought: dict[tuple[fx.Node, fx.GraphModule], fx.Node] = {}
+        self._note_scope(Scope(graph_module))
+
+    def apply(self) -> None:
+        for decision in self._plan.rewrites:
+            self._note_scope(decision.place.scope)
+        # All intervals first: rewriting erases nodes that a later interval may still want to read.
+        for key, anchor, decision in self._first_users():
+            device = tensor_of(decision.site.query.node).device
+            self._intervals[key] = self._plan.prover.emit(decision.visible, anchor, device)
+        for decision in self._plan.rewrites:
+            self._rewrite_site(decision)
+        self._erase_orphans()
+        for graph_module in self._scopes:
+            graph_module.graph.lint()
+            graph_module.recompile()
+
+    def _note_scope(self, scope: Scope) -> None:
+        if scope.parent is not None:
+            self._note_scope(scope.parent)
+        self._scopes.setdefault(scope.graph_module, scope)
+
+    def _first_users(self) -> list[tuple[Hashable, fx.Node, Decision]]:
+        """For each interval that has to be computed: where, and for which site first."""
+        position: dict[fx.Node, int] = {}
+        for graph_module in self._scopes:
+            position.update({node: i for i, node in enumerate(graph_module.graph.nodes)})
+        first: dict[Hashable, tuple[fx.Node, Decision]] = {}
+        for decision in self._plan.rewrites:
+            visible = decision.visible
+            if visible.is_trivial:
+                continue
+            anchor = _ancestor(decision, visible)
+            key = _interval_key(decision)
+            if key not in first or position[anchor] < position[first[key][0]]:
+                first[key] = (anchor, decision)
+        return [(key, anchor, decision) for key, (anchor, decision) in first.items()]
+
+    def _rewrite_site(self, decision: Decision) -> None:
+        site = decision.site
+        graph_module = site.scope.graph_module
+        emitter = Emitter(graph_module, site.node)
+        tensors = [emitter.operand(operand) for operand in (site.query, site.key, site.value)]
+        attributes = {
+            **self._visible_keys(decision),
+            "scale": decision.scale,
+            **self._plan.config.operator_arguments(),
+        }
+        result = emitter.attention(tensors, attributes, (*site.query.shape[:3], site.value.shape[3]))
+        for step in site.output:
+            result = emitter.step(result, step)
+        orphans = self._orphans.setdefault(graph_module, [])
+        orphans += [*site.node.all_input_nodes, *(mask.node for mask in site.masks)]
+        name, is_output = site.node.name, any(user.op == "output" for user in site.node.users)
+        site.node.replace_all_uses_with(result)
+        graph_module.graph.erase_node(site.node)
+        if is_output:
+            # An exported program knows its outputs by name.
+            result.name = name
+
+    def _visible_keys(self, decision: Decision) -> dict[str, object]:
+        visible = decision.visible
+        if visible.is_trivial:
+            return {"is_causal": visible.is_causal}
+        interval = self._intervals[_interval_key(decision)]
+        nodes = {
+            name: self._brought_in(node, visible.scope, decision.place.scope)
+            for name in ("first_key", "last_key", "key_valid")
+            if (node := getattr(interval, name)) is not None
+        }
+        return {**nodes, "is_causal": interval.is_causal}
+
+    def _brought_in(self, node: fx.Node, origin: Scope, scope: Scope) -> fx.Node:
+        key = (node, scope.graph_module)
+        if key not in self._brought:
+            self._brought[key] = bring_in(node, origin, scope)
+        return self._brought[key]
+
+    def _erase_orphans(self) -> None:
+        """Erases what only the sites used, innermost bodies first: they hand a dead mask back to their callers."""
+        for graph_module, scope in reversed(self._scopes.items()):
+            unused = erase_dead(graph_module, self._orphans.get(graph_module, ()))
+            if is_extensible(scope) and scope.parent is not None:
+                handed_in = take_out(unused, scope)
+                self._orphans.setdefault(scope.parent.graph_module, []).extend(handed_in)
+
+
+def _interval_key(decision: Decision) -> Hashable:
+    return decision.visible.key(), tensor_of(decision.site.query.node).device
+
+
+def _ancestor(decision: Decision, visible: VisibleKeys) -> fx.Node:
+    """The site, or the first call on the way to it, in the graph that computes what its queries see."""
+    node, scope = decision.site.node, decision.site.scope
+    while scope.graph_module is not visible.scope.graph_module:
+        node, scope = scope.calls[0], scope.parent
+    return node

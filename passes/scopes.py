@@ -48,8 +48,14 @@ def body_references(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node
 
 
 def is_extensible(scope: Scope) -> bool:
-    """Tells whether further inputs can be handed to a body through its calls."""
-    return all(call.target.name() in EXTENSIBLE for call in scope.calls) and bool(scope.calls)
+    """Tells whether inputs can be handed to a body through its calls, or taken from it."""
+    if scope.parent is None:
+        return False
+    count = sum(node.op == "placeholder" for node in scope.graph_module.graph.nodes)
+    return all(
+        call.target.name() in EXTENSIBLE and _operands(scope.parent.graph_module, call, count) is not None
+        for call in scope.calls
+    )
 
 
 def attribute_of(owner: Any, target: str) -> Any:

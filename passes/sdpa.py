@@ -8,10 +8,10 @@ from torch import fx
 from nsa_compile.passes.assemble import Parts, assemble
 from nsa_compile.passes.axes import Dimension, Dimensions, dimension, dimensions, unify
 from nsa_compile.passes.calls import arguments, operation
-from nsa_compile.passes.metadata import dtype_of, number_of, place_of, shape_of
 from nsa_compile.passes.layout import LabelledTensor
+from nsa_compile.passes.metadata import dtype_of, number_of, place_of, shape_of
+from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.sites import AttentionSite, MaskKind, Reason, Rejection, Scope, Shape
-from nsa_compile.passes.writers import Writers
 
 OPERATION = "scaled_dot_product_attention"
 
@@ -21,13 +21,13 @@ def is_sdpa_call(node: fx.Node) -> bool:
     return node.op == "call_function" and operation(node) == OPERATION
 
 
-def read_sdpa_call(node: fx.Node, scope: Scope, writers: Writers) -> AttentionSite | Rejection:
+def read_sdpa_call(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite | Rejection:
     """Reads one call.
 
     Args:
         node: a node for which `is_sdpa_call` holds.
         scope: the graph that holds it.
-        writers: the in-place writes of that graph.
+        writes: the in-place writes of that graph.
 
     Returns:
         The site, its masks unproved; or why the call cannot be one.
@@ -61,7 +61,7 @@ def read_sdpa_call(node: fx.Node, scope: Scope, writers: Writers) -> AttentionSi
     parts = _parts(node, operands, shapes, mask, bool(enable_gqa))
     if isinstance(parts, str):
         return rejected(Reason.UNSUPPORTED_SHAPE, parts)
-    return assemble(Parts(**parts, is_causal=bool(is_causal), scale=bound.get("scale")), place, writers)
+    return assemble(Parts(**parts, is_causal=bool(is_causal), scale=bound.get("scale")), place, writes)
 
 
 def _parts(

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from nsa_compile.passes.axes import Axis, Dimension, Dimensions, dimension, dimensions, leaves, unify, unify_dimensions
@@ -51,7 +50,7 @@ def read_view(node: fx.Node) -> View | None:
     shape, view_shape = shape_of(source), shape_of(node)
     if shape is None or view_shape is None or dtype_of(source) != dtype_of(node):
         return None
-    related = rule(shape, view_shape, rest, dict(node.kwargs))
+    related = rule(_Call(shape, view_shape, rest, node.kwargs))
     return None if related is None else View(source, *related)
 
 
@@ -71,38 +70,50 @@ def forth_through(node: fx.Node, source: fx.Node, dims: Dimensions) -> Dimension
     return view.dims
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a view operation: shapes before and after, and its arguments after the tensor."""
+
+    shape: Shape
+    view_shape: Shape
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
 Related = tuple[Dimensions, Dimensions]
-Rule = Callable[[Shape, Shape, Sequence[Any], Mapping[str, Any]], "Related | None"]
+Rule = Callable[[_Call], "Related | None"]
 
 
-def _same(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    dims = dimensions(shape)
-    return (dims, dims) if len(shape) == len(view_shape) else None
+def _same(call: _Call) -> Related | None:
+    dims = dimensions(call.shape)
+    return (dims, dims) if len(call.shape) == len(call.view_shape) else None
 
 
-def _reshape(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    source, view = dimensions(shape), dimensions(view_shape)
+def _reshape(call: _Call) -> Related | None:
+    source, view = dimensions(call.shape), dimensions(call.view_shape)
     return (source, view) if unify(_flat(source), _flat(view)) else None
 
 
-def _permute(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    order = args[0] if args and isinstance(args[0], list | tuple) else args or kwargs.get("dims")
+def _permute(call: _Call) -> Related | None:
+    order = (
+        call.args[0] if call.args and isinstance(call.args[0], list | tuple) else call.args or call.kwargs.get("dims")
+    )
     if not order or not all(isinstance(dim, int) for dim in order):
         return None
-    return _permuted(shape, [dim % len(shape) for dim in order])
+    return _permuted(call.shape, [dim % len(call.shape) for dim in order])
 
 
-def _transpose(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    pair = [*args, *kwargs.values()]
-    return _swapped(shape, pair[0], pair[1]) if len(pair) == 2 else None
+def _transpose(call: _Call) -> Related | None:
+    pair = [*call.args, *call.kwargs.values()]
+    return _swapped(call.shape, pair[0], pair[1]) if len(pair) == 2 else None
 
 
-def _transpose_last(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    return _swapped(shape, -1, -2)
+def _transpose_last(call: _Call) -> Related | None:
+    return _swapped(call.shape, -1, -2)
 
 
-def _property(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    return _swapped(shape, -1, -2) if args and args[0] in ("T", "mT") and len(shape) >= 2 else None
+def _property(call: _Call) -> Related | None:
+    return _swapped(call.shape, -1, -2) if list(call.args) in (["T"], ["mT"]) and len(call.shape) >= 2 else None
 
 
 def _swapped(shape: Shape, first: Any, second: Any) -> Related | None:
@@ -118,22 +129,22 @@ def _permuted(shape: Shape, order: Sequence[int]) -> Related:
     return source, tuple(source[dim] for dim in order)
 
 
-def _expand(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    source = dimensions(shape)
-    added = dimensions(view_shape[: len(view_shape) - len(shape)])
+def _expand(call: _Call) -> Related | None:
+    source = dimensions(call.shape)
+    added = dimensions(call.view_shape[: len(call.view_shape) - len(call.shape)])
     view = list(added)
-    for dim, size, view_size in zip(source, shape, view_shape[len(added) :], strict=True):
+    for dim, size, view_size in zip(source, call.shape, call.view_shape[len(added) :], strict=True):
         if dim and not same_size(size, view_size):
             return None
         view.append(dim or dimension(view_size))
     return source, tuple(view)
 
 
-def _repeat(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    source = dimensions(shape)
-    added = len(view_shape) - len(shape)
-    view: list[Dimension] = list(dimensions(view_shape[:added]))
-    for dim, size, view_size in zip(source, shape, view_shape[added:], strict=True):
+def _repeat(call: _Call) -> Related | None:
+    source = dimensions(call.shape)
+    added = len(call.view_shape) - len(call.shape)
+    view: list[Dimension] = list(dimensions(call.view_shape[:added]))
+    for dim, size, view_size in zip(source, call.shape, call.view_shape[added:], strict=True):
         if same_size(size, view_size):
             view.append(dim)
         elif isinstance(size, int) and isinstance(view_size, int) and size and view_size % size == 0:
@@ -143,72 +154,66 @@ def _repeat(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mappin
     return source, tuple(view)
 
 
-def _repeat_interleave(
-    shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Related | None:
-    bound = dict(zip(("repeats", "dim"), args, strict=False)) | dict(kwargs)
+def _repeat_interleave(call: _Call) -> Related | None:
+    bound = dict(zip(("repeats", "dim"), call.args, strict=False)) | dict(call.kwargs)
     times, dim = number_of(bound.get("repeats")), bound.get("dim")
     if not isinstance(times, int) or not isinstance(dim, int):
         return None
-    source = dimensions(shape)
+    source = dimensions(call.shape)
     view = list(source)
     view[dim] = (*view[dim], *dimension(times))
     return source, tuple(view)
 
 
-def _cat(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    times, *rest = args
-    dim = rest[0] if rest else kwargs.get("dim", 0)
-    source = dimensions(shape)
+def _cat(call: _Call) -> Related | None:
+    times, *rest = call.args
+    dim = rest[0] if rest else call.kwargs.get("dim", 0)
+    source = dimensions(call.shape)
     view = list(source)
     view[dim] = (*dimension(times), *view[dim])
     return source, tuple(view)
 
 
-def _stack(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    times, *rest = args
-    dim = rest[0] if rest else kwargs.get("dim", 0)
-    source = dimensions(shape)
+def _stack(call: _Call) -> Related | None:
+    times, *rest = call.args
+    dim = rest[0] if rest else call.kwargs.get("dim", 0)
+    source = dimensions(call.shape)
     view = list(source)
-    view.insert(dim % (len(shape) + 1), dimension(times))
+    view.insert(dim % (len(call.shape) + 1), dimension(times))
     return source, tuple(view)
 
 
-def _drop_or_add_units(
-    shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Related | None:
+def _drop_or_add_units(call: _Call) -> Related | None:
     """unsqueeze, squeeze: only dimensions of size 1 come and go, so the order of the others tells all."""
-    source = dimensions(shape)
+    source = dimensions(call.shape)
     kept = iter([dim for dim in source if dim])
-    view = tuple(next(kept, ()) if not same_size(size, 1) else () for size in view_shape)
+    view = tuple(next(kept, ()) if not same_size(size, 1) else () for size in call.view_shape)
     return source, view
 
 
-def _getitem(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    for item in args[0] if isinstance(args[0], tuple) else (args[0],):
+def _getitem(call: _Call) -> Related | None:
+    for item in call.args[0] if isinstance(call.args[0], tuple) else (call.args[0],):
         is_slice = isinstance(item, slice) and item.step in (None, 1)
         is_number = isinstance(item, int) and not isinstance(item, bool)
         if not (is_slice or is_number or item is None or item is Ellipsis):
             return None
     # A slice that shortens nothing is whole, a number that drops a dimension of size 1 loses nothing.
-    if _elements_differ(shape, view_shape):
-        return None
-    return _drop_or_add_units(shape, view_shape, args, kwargs)
+    return None if _elements_differ(call) else _drop_or_add_units(call)
 
 
-def _slice(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    dims = dimensions(shape)
-    return (dims, dims) if all(map(same_size, shape, view_shape)) else None
+def _slice(call: _Call) -> Related | None:
+    dims = dimensions(call.shape)
+    return (dims, dims) if all(map(same_size, call.shape, call.view_shape)) else None
 
 
-def _select(shape: Shape, view_shape: Shape, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Related | None:
-    return None if _elements_differ(shape, view_shape) else _drop_or_add_units(shape, view_shape, args, kwargs)
+def _select(call: _Call) -> Related | None:
+    return None if _elements_differ(call) else _drop_or_add_units(call)
 
 
-def _elements_differ(shape: Shape, view_shape: Shape) -> bool:
+def _elements_differ(call: _Call) -> bool:
     """Whether dimensions other than those of size 1 were lost or shortened."""
-    rest = [size for size in shape if not same_size(size, 1)]
-    view_rest = [size for size in view_shape if not same_size(size, 1)]
+    rest = [size for size in call.shape if not same_size(size, 1)]
+    view_rest = [size for size in call.view_shape if not same_size(size, 1)]
     return len(rest) != len(view_rest) or not all(map(same_size, rest, view_rest))
 
 
