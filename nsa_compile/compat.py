@@ -150,7 +150,9 @@ def break_reason(graph_module: fx.GraphModule) -> str | None:
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     if reason is None or not getattr(reason, "graph_break", False):
         return None
-    return str(reason.reason).strip().splitlines()[0]
+    what = str(reason.reason).strip().splitlines()[0]
+    stack = getattr(reason, "user_stack", None)
+    return f"{what} at {stack[-1].filename}:{stack[-1].lineno}" if stack else what
 
 
 @contextlib.contextmanager

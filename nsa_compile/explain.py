@@ -117,10 +117,8 @@ def _explain_broken(
         return graph_module.forward
 
     compat.compile_isolated(_own_copy_of_call(), record, fullgraph=False, dynamic=dynamic)(model, *args, **kwargs)
-    report = join_reports(config, reports)
-    if report.break_reasons:
-        return report
-    return report.with_note(f"Dynamo does not capture the model as one graph: {_first_line(why_broken)}")
+    note = f"Dynamo does not capture the model as one graph: {_first_line(why_broken)}"
+    return join_reports(config, reports).with_note(note)
 
 
 def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -64,6 +64,7 @@ def _details(row: Row) -> str:
     items = [*(f"Proof: {sentence}" for sentence in site.proof)]
     if site.nodes:
         items.append(f"Nodes at fault: {', '.join(site.nodes)}")
+    items += list(dict.fromkeys(each.sentence for each in row.sites if each.sentence != site.sentence))
     if len(row.sites) > 1:
         items.append(f"Modules: {', '.join(each.module for each in row.sites)}")
     trace = f"<pre>{html.escape(site.stack_trace)}</pre>" if site.stack_trace else ""

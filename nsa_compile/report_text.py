@@ -24,12 +24,14 @@ class Row(NamedTuple):
 
 def text(report: RewriteReport) -> str:
     """Renders a report for a terminal or a log."""
-    parts = [f"{report.summary} ({describe_config(report.config)})"]
-    if report.sites:
-        parts.append(aligned([COLUMNS, *(row.cells for row in table(report.sites))]))
-    parts += [
-        section("masks", (f"{site.mask}: {sentence}" for site in report.sites for sentence in site.proof)),
-        section("reasons", (f"{site.reason}: {site.sentence}" for site in report.declined)),
+    rows = table(report.sites)
+    # The sites of a row differ in the names of their nodes only: the first one speaks for all.
+    first = [row.sites[0] for row in rows]
+    parts = [
+        f"{report.summary} ({describe_config(report.config)})",
+        aligned([COLUMNS, *(row.cells for row in rows)]) if rows else "",
+        section("masks", (f"{site.mask}: {sentence}" for site in first for sentence in site.proof)),
+        section("reasons", (f"{site.reason}: {site.sentence}" for site in first if site.reason)),
         section("graph breaks", report.break_reasons),
         section("notes", report.notes),
     ]
@@ -48,7 +50,7 @@ def table(sites: Iterable[SiteReport]) -> list[Row]:
     """Returns the rows: sites that differ in nothing but a number in the module's name share one."""
     groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[SiteReport]] = {}
     for site in sites:
-        rest = (site.spelling, site.mask, describe_shapes(site), site.decision, site.reason, site.sentence)
+        rest = (site.spelling, site.mask, describe_shapes(site), site.decision, site.reason)
         groups.setdefault((tuple(site.module.split(".")), rest), []).append(site)
     for position in reversed(range(max((len(name) for name, _ in groups), default=0))):
         groups = _join_numbers(groups, position)
@@ -56,7 +58,7 @@ def table(sites: Iterable[SiteReport]) -> list[Row]:
     for (name, rest), members in groups.items():
         module = ".".join(name) or "(root)"
         count = f" ({len(members)})" if len(members) > 1 else ""
-        rows.append(Row((module + count, *rest[:-1]), tuple(members)))
+        rows.append(Row((module + count, *rest), tuple(members)))
     return rows
 
 

@@ -3,8 +3,7 @@
 import argparse
 import json
 
-from nsa_compile.cli.models import add_model_arguments, build, progress
-from nsa_compile.cli.settings import add_config_arguments, config_of
+from nsa_compile.cli.models import add_model_arguments, explain_model, progress
 
 SUMMARY = "Show which attentions of a model become NSA, and why the others do not."
 
@@ -15,7 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print the report as JSON")
     output.add_argument("--html", metavar="FILE", help="also write the report as a page")
-    add_config_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,13 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0 if an attention becomes NSA, 1 if none does.
     """
-    from nsa_compile.explain import explain
-
-    config = config_of(arguments)
-    subject = build(arguments)
-    progress("capturing the graph")
-    with subject.mode:
-        report = explain(subject.model, config, dynamic=arguments.dynamic or None)(**subject.inputs)
+    report = explain_model(arguments)
     print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
     if arguments.html:
         progress(f"wrote {report.to_html(arguments.html)}")

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,29 +10,17 @@ from typing import Any
 import torch
 
 from nsa_compile import compat
-from nsa_compile.errors import ModelLoadError
+from nsa_compile.cli.settings import add_config_arguments, config_of
+from nsa_compile.errors import ModelLoadError, NSAError
+from nsa_compile.explain import explain
+from nsa_compile.report import RewriteReport
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_TOKENS = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model to look at.
-
-    Attributes:
-        model: the module.
-        inputs: keyword arguments to call it with.
-        mode: to be entered around its use: its tensors have shapes and no storage.
-    """
-
-    model: torch.nn.Module
-    inputs: dict[str, Any]
-    mode: Any
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say which model, and how it is called."""
+    """Adds the options that say which model, how it is called, and the NSA configuration."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -51,14 +38,33 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train", action="store_true", help="training mode with labels, instead of inference")
     group.add_argument("--dynamic", action="store_true", help="compile for dynamic shapes")
     group.add_argument("--tiny", action="store_true", help="keep only the first layers, to be quick")
+    add_config_arguments(parser)
 
 
-def build(arguments: argparse.Namespace) -> Subject:
-    """Builds the model and inputs that the command line asks for.
+def explain_model(arguments: argparse.Namespace) -> RewriteReport:
+    """Explains the model that the command line names; its tensors have shapes and no storage.
 
     Raises:
-        ModelLoadError: the model is not to be found, or transformers cannot build it.
+        ConfigError: the NSA configuration is none.
+        ModelLoadError: the model is not to be found, cannot be built, or does not run on the inputs.
     """
+    config = config_of(arguments)
+    configuration, tokens = _configuration_and_tokens(arguments)
+    with compat.fake_tensors(), _default_dtype(DTYPES[arguments.dtype]):
+        model = _instantiate(configuration, arguments.attn)
+        model.train(arguments.train)
+        inputs = _inputs(model, configuration, arguments, tokens)
+        progress("capturing the graph")
+        try:
+            return explain(model, config, dynamic=arguments.dynamic or None)(**inputs)
+        except NSAError:
+            raise
+        except Exception as error:
+            given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+            raise ModelLoadError(f"{type(model).__name__} does not run on {given}: {_sentence(error)}") from error
+
+
+def _configuration_and_tokens(arguments: argparse.Namespace) -> tuple[Any, int]:
     for name in ("tokens", "batch"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -72,12 +78,7 @@ def build(arguments: argparse.Namespace) -> Subject:
     tokens = arguments.tokens or min(DEFAULT_TOKENS, limit)
     if tokens > limit:
         progress(f"note: the model is made for {limit} tokens; --tokens {tokens} is more")
-    mode = compat.fake_tensors()
-    with mode, _default_dtype(DTYPES[arguments.dtype]):
-        model = _instantiate(configuration, arguments.attn)
-        model.train(arguments.train)
-        inputs = _inputs(model, configuration, arguments, tokens)
-    return Subject(model, inputs, mode)
+    return configuration, tokens
 
 
 def load_configuration(name: str) -> Any:
@@ -171,7 +172,9 @@ def _keep_first_layers(configuration: Any) -> None:
     if types:
         count = max(count, 1 + max(types.index(kind) for kind in set(types)))
         configuration.layer_types = types[:count]
-    configuration.num_hidden_layers = min(count, configuration.num_hidden_layers)
+    for name in ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
+        if isinstance(getattr(configuration, name, None), int):
+            setattr(configuration, name, min(count, getattr(configuration, name)))
 
 
 @contextlib.contextmanager
@@ -190,5 +193,7 @@ def progress(message: str) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    # Dynamo's errors begin with their kind; what happened is in the explanation.
+    explained = (line.removeprefix("Explanation: ") for line in lines if line.startswith("Explanation: "))
+    return next(explained, lines[0] if lines else type(error).__name__)

@@ -2,8 +2,7 @@
 
 import argparse
 
-from nsa_compile.cli.models import add_model_arguments, build, progress
-from nsa_compile.cli.settings import add_config_arguments, config_of
+from nsa_compile.cli.models import add_model_arguments, explain_model
 from nsa_compile.report import GraphReport
 from nsa_compile.report_text import difference
 
@@ -20,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="diff",
         help="a unified diff, or the whole code (default: %(default)s)",
     )
-    add_config_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,13 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0 if a graph changes, 1 if none does.
     """
-    from nsa_compile.explain import explain
-
-    config = config_of(arguments)
-    subject = build(arguments)
-    progress("capturing the graph")
-    with subject.mode:
-        report = explain(subject.model, config, dynamic=arguments.dynamic or None)(**subject.inputs)
+    report = explain_model(arguments)
     for index, graph in enumerate(report.graphs):
         print(f"# graph {index}: {report.summary}" if len(report.graphs) == 1 else f"# graph {index}")
         print(_shown(graph, arguments.show))

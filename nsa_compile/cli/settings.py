@@ -17,11 +17,12 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     described = _descriptions()
     for field in dataclasses.fields(NSAConfig):
         choices = typing.get_args(hints[field.name])
-        words: dict[str, Any] = {"choices": choices} if choices and all(isinstance(choice, str) for choice in choices) else {}
+        is_word = bool(choices) and all(isinstance(choice, str) for choice in choices)
+        words: dict[str, Any] = {"choices": choices} if is_word else {}
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             default=field.default,
-            type=str if words else _number_or_word,
+            type=str if is_word else _number_or_word,
             help=f"{described[field.name]} (default: %(default)s)",
             **words,
         )

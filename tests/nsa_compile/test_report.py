@@ -89,7 +89,7 @@ def test_layers_that_differ_in_a_number_share_a_row(modules, expected):
 
 
 def test_layers_that_differ_in_more_have_rows_of_their_own():
-    rows = table([site("layers.0.attn"), site("layers.1.attn", heads=8), site("layers.2.attn", sentence="Other.")])
+    rows = table([site("layers.0.attn"), site("layers.1.attn", heads=8), site("layers.2.attn", mask="all keys")])
     assert [len(row.sites) for row in rows] == [1, 1, 1]
 
 
@@ -125,7 +125,7 @@ class Page(html.parser.HTMLParser):
         self.open, self.tags, self.words = [], [], []
         self.feed(text)
 
-    def handle_starttag(self, tag, attrs):  # noqa: ARG002 - the base class's signature
+    def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         if tag not in ("meta", "br"):
             self.open.append(tag)
