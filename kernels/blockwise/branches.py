@@ -97,6 +97,8 @@ def selected_attention(
     is_causal: bool,
     scale: float,
     selection_block: int,
+    num_initial: int = 0,
+    num_local: int = 0,
 ) -> Pair:
     """Attends to the visible tokens of the listed blocks."""
     bounds = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=key.shape[2])
@@ -118,6 +120,8 @@ def selected_attention_backward(
     is_causal: bool,
     scale: float,
     selection_block: int,
+    num_initial: int = 0,
+    num_local: int = 0,
 ) -> Triple:
     """Gradients of `selected_attention`."""
     bounds = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=key.shape[2])
@@ -192,6 +196,8 @@ def joint_attention(
     scale: float,
     selection_block: int,
     window: int,
+    num_initial: int = 0,
+    num_local: int = 0,
 ) -> Pair:
     """Attends to the union of the listed blocks' tokens and the window, in one softmax."""
     parts = _joint_parts(
@@ -223,6 +229,8 @@ def joint_attention_backward(
     scale: float,
     selection_block: int,
     window: int,
+    num_initial: int = 0,
+    num_local: int = 0,
 ) -> Triple:
     """Gradients of `joint_attention`."""
     parts = _joint_parts(

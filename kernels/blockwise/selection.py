@@ -70,7 +70,7 @@ def select_blocks(
     chunk = max(_LEAST_QUERIES, _CHUNK_ELEMENTS // size)
     for begin in range(0, num_queries, chunk):
         at = slice(begin, min(begin + chunk, num_queries))
-        found = _candidates(lo[:, at], hi[:, at], block_valid, selection_block, num_blocks)
+        found = _candidates(lo[:, at], hi[:, at].clamp_max(num_keys - 1), block_valid, selection_block)
         if found is None:
             continue
         scores = rows.new_zeros((batch, num_kv_heads, at.stop - begin, found.candidate.shape[-1]))
@@ -107,17 +107,16 @@ class _Candidates:
     from_end: Tensor
 
 
-def _candidates(
-    lo: Tensor, hi: Tensor, block_valid: Tensor | None, selection_block: int, num_blocks: int
-) -> _Candidates | None:
-    """Finds the blocks between the bounds `[B | 1, c]`; None when no query has any."""
-    first = torch.div(lo, selection_block, rounding_mode="floor").clamp_min(0)
-    last = torch.div(hi, selection_block, rounding_mode="floor").clamp_max(num_blocks - 1)
-    last = torch.where(lo > hi, -1, last)
-    first_block = int(torch.where(first > last, num_blocks, first).min())
-    last_block = int(torch.where(first > last, -1, last).max())
-    if first_block > last_block:
+def _candidates(lo: Tensor, hi: Tensor, block_valid: Tensor | None, selection_block: int) -> _Candidates | None:
+    """Finds the blocks between the bounds `[B | 1, c]`, `hi` less than S; None when no query has any."""
+    lo = lo.clamp_min(0)
+    empty = lo > hi
+    if bool(empty.all()):
         return None
+    first = torch.div(lo, selection_block, rounding_mode="floor")
+    last = torch.div(hi, selection_block, rounding_mode="floor").masked_fill(empty, -1)
+    first_block = int(torch.where(empty, torch.iinfo(first.dtype).max, first).min())
+    last_block = int(last.max())
     block = torch.arange(first_block, last_block + 1, device=lo.device)
     first, last = first.unsqueeze(-1), last.unsqueeze(-1)
     candidate = (block >= first) & (block <= last)

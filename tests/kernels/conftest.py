@@ -85,12 +85,16 @@ def _draw_inputs(
 
 
 def _relative_error(given: Tensor, exact: Tensor) -> float:
-    """Largest difference over the largest magnitude; infinite if `given` holds a NaN or has another shape."""
+    """Largest difference over the largest magnitude, or over 0.05 where all is smaller, as gradients that cancel are.
+
+    Infinite if `given` holds a NaN or has another shape.
+    """
+    given, exact = given.detach(), exact.detach()
     if given.shape != exact.shape or bool(given.isnan().any()):
         return float("inf")
     if exact.numel() == 0:
         return 0.0
-    return float((given.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(1e-6))
+    return float((given.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(0.05))
 
 
 @pytest.fixture(scope="session")
