@@ -5,55 +5,51 @@ query i and key j with symbolic sizes and data left open, and reads the formula 
 less padding (nsa.md).  What it accepts holds for every size and every value; nothing is run and nothing is guessed.
 
 What it takes for granted, because no graph can show it: 32- and 64-bit integers do not overflow; positions are below
-2**24, where float32 holds every integer; a bias of at most `MASKED_BELOW` hides a key (as the models mean it: in the
-softmax such a key weighs less than e**−9000 of a visible one); and in a row where every key is hidden nobody looks at
-what attention returns.
+2**24, where float32 holds every integer; a bias of at most `MASKED_BELOW` hides a key, as models mean it; and in a
+row where every key is hidden nobody looks at what attention returns.
 """
 
 import dataclasses
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from nsa_compile.passes.predicate.emission import EmittedInterval, emit, is_plain_causal
+from nsa_compile.passes.metadata import tensor_of
+from nsa_compile.passes.predicate.additive import unbiased
+from nsa_compile.passes.predicate.causes import cause_of_bias, is_selection
+from nsa_compile.passes.predicate.emission import EmittedInterval, emit, is_plain_causal, sizes_needed
+from nsa_compile.passes.predicate.facts import simplify
 from nsa_compile.passes.predicate.formula import (
-    FALSE,
     TRUE,
-    Atom,
-    Cases,
     Formula,
     UnknownError,
     compare,
     conjunction,
     expressions,
     formula_of,
+    map_expressions,
     negation,
     substitute_value,
 )
-from nsa_compile.passes.predicate.graph_builder import GraphBuilder
+from nsa_compile.passes.predicate.graph_builder import GraphBuilder, HeldSizes
 from nsa_compile.passes.predicate.interpreter import ConstantReader, Interpreter
 from nsa_compile.passes.predicate.interval import (
     B_INDEX,
     H_INDEX,
     KEY,
     QUERY,
-    Bound,
     Interval,
     Limit,
     Refusal,
     Sizes,
     read_interval,
 )
-from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, Leaf, axis, size_expression
-from nsa_compile.passes.predicate.writes import tensor_of
+from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, Leaf, axis, number, size_expression
 from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Reason, Rejection, Scope
-
-# An additive mask hides a key by this much or more: models write -inf, the dtype's minimum, -1e9 or -10000.
-MASKED_BELOW = -10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +61,6 @@ class VisibleKeys:
         sizes: of the attention.
         scope: the graph that holds all the data which the interval needs; the interval's nodes go there.
         leaves: that data.
-        proof: one sentence for each conjunct.
     """
 
     interval: Interval
@@ -97,25 +92,19 @@ class VisibleKeys:
 
     def describe(self) -> str:
         """The mask in a few words, such as "causal, window 8, padding"."""
-        words = ["causal" if self.is_causal else _describe_last(self.interval.last)]
-        words += [_describe_first(bound) for bound in self.interval.first]
-        words += ["padding"] if self.interval.keys else []
-        words += ["padded queries"] if self.interval.queries else []
-        return ", ".join(word for word in words if word)
-
-
-def _describe_last(last: tuple[Bound, ...]) -> str:
-    if not last:
-        return "all keys"
-    limits = [bound.position for bound in last if isinstance(bound, Limit)]
-    return "causal from a position" if limits else "documents"
-
-
-def _describe_first(bound: Bound) -> str:
-    if not isinstance(bound, Limit):
-        return "documents"
-    width = sympy.expand(QUERY - bound.position + 1)
-    return f"window {width}" if not width.free_symbols & {QUERY, B_INDEX} else "lower limit"
+        interval = self.interval
+        last = [bound.position for bound in interval.last if isinstance(bound, Limit)]
+        words = ["causal" if self.is_causal else "all keys" if not last else "causal from a position"]
+        for bound in interval.first:
+            if not isinstance(bound, Limit):
+                words.append("documents")
+                continue
+            widths = [sympy.expand(position - bound.position + 1) for position in last]
+            constant = [width for width in widths if not width.free_symbols & {QUERY, B_INDEX}]
+            words.append(f"window {constant[0]}" if constant else f"from key {bound.position}")
+        words += ["padding"] if interval.keys else []
+        words += ["padded queries"] if interval.queries else []
+        return ", ".join(words)
 
 
 class MaskProver:
@@ -146,146 +135,141 @@ class MaskProver:
             scope: the graph that holds the attention.
             reader: the node that reads the masks; writes in place before it count.
         """
-        seen = (tuple((mask, self._version(mask.node, scope, reader)) for mask in masks), is_causal, sizes)
-        if seen not in self._proved:
-            self._proved[seen] = self._prove(masks, is_causal, sizes, scope, reader)
-        return self._proved[seen]
-
-    def _version(self, node: fx.Node, scope: Scope, reader: fx.Node) -> Hashable:
         writes = self._interpreter.writes(scope)
-        return writes.value_at(node, writes.position(reader))
+        place = writes.position(reader)
+        seen = tuple((mask, writes.value_at(mask.node, place)) for mask in masks)
+        key = (seen, is_causal, sizes, scope.graph_module)
+        if key not in self._proved:
+            self._proved[key] = self._prove(masks, is_causal, sizes, scope, reader)
+        return self._proved[key]
+
+    def prove_predicate(self, body: Scope, sizes: Sizes) -> VisibleKeys | Rejection:
+        """Proves a predicate over single positions, such as flex_attention's `mask_mod(b, h, q, kv)`.
+
+        Args:
+            body: the predicate's graph, whose first four placeholders are batch, head, query and key position and
+                whose others are found in `body.arguments`; it returns whether the key is visible.
+            sizes: of the attention.
+        """
+        graph = body.graph_module.graph
+        places = [node for node in graph.nodes if node.op == "placeholder"][:4]
+        index = _index(sizes)
+        for node, symbol in zip(places, index, strict=True):
+            self._interpreter.assume(node, body, AbstractTensor((), torch.int64, number(symbol)))
+        output = graph.output_node()
+        result = output.args[0][0] if isinstance(output.args[0], (tuple, list)) else output.args[0]
+        value = self._interpreter.evaluate(result, body, output)
+        mask = Mask(result, MaskKind.ALLOWED)
+        return self._read(value.formula, sizes, body, (mask,), graph.output_node())
 
     def _prove(
         self, masks: tuple[Mask, ...], is_causal: bool, sizes: Sizes, scope: Scope, reader: fx.Node
     ) -> VisibleKeys | Rejection:
         formula = compare("<=", KEY, QUERY) if is_causal else TRUE
         for mask in masks:
-            value = tensor_of(mask.node)
-            if value is None:
-                return Rejection(Reason.UNKNOWN_SHAPES, f"{mask.node.name} carries no shape", (mask.node,))
-            if value.dim() > 4:
-                sentence = f"{mask.node.name} has {value.dim()} dimensions"
+            recorded = tensor_of(mask.node)
+            if recorded is None:
+                return Rejection(Reason.UNKNOWN_SHAPES, f"{mask.node.name} carries no shape.", (mask.node,))
+            if recorded.dim() > 4:
+                sentence = f"{mask.node.name} has {recorded.dim()} dimensions, which are not [B, H, T, S]."
                 return Rejection(Reason.MASK_NOT_PROVED, sentence, (mask.node,))
-            tensor = self._interpreter.evaluate(mask.node, scope, reader)
             try:
-                allowed = _allowed(tensor, mask, sizes)
+                allowed = self._allowed(mask, sizes, scope, reader)
             except UnknownError as error:
-                return self._explain(Refusal(Reason.MASK_NOT_PROVED, str(error)), masks)
-            if isinstance(allowed, Refusal):
-                named = dataclasses.replace(allowed, leaves=tuple(self._leaves(tensor.value)))
-                return self._explain(named, masks)
+                return Rejection(Reason.MASK_NOT_PROVED, f"{mask.node.name}: {error}.", (mask.node,))
+            if isinstance(allowed, Rejection):
+                return allowed
             formula = conjunction(formula, allowed)
+        return self._read(formula, sizes, scope, masks, reader)
+
+    def _allowed(self, mask: Mask, sizes: Sizes, scope: Scope, reader: fx.Node) -> Formula | Rejection:
+        """The mask as a formula over b, h, i and j of the visible keys."""
+        tensor = self._interpreter.evaluate(mask.node, scope, reader)
+        index = _index(sizes)[4 - tensor.rank :]
+        value = substitute_value(tensor.value, {axis(k): symbol for k, symbol in enumerate(index)})
+        if mask.kind is MaskKind.BLOCKED:
+            return negation(formula_of(value))
+        if mask.kind is MaskKind.ALLOWED or not isinstance(value, tuple):
+            return formula_of(value)
+        allowed, bias = unbiased(value)
+        if bias is None:
+            return allowed
+        leaves = self._leaves([bias])
+        reason = cause_of_bias(leaves, bias.free_symbols)
+        what = f"{bias}, and {leaves[0].name} is data: {leaves[0].cause}" if leaves else f"{bias}"
+        nodes = tuple(leaf.written_by for leaf in leaves) or (mask.node,)
+        return Rejection(reason, f"{mask.node.name} adds to the scores {what}.", nodes)
+
+    def _read(
+        self, formula: Formula, sizes: Sizes, scope: Scope, masks: tuple[Mask, ...], reader: fx.Node
+    ) -> VisibleKeys | Rejection:
+        """The formula as an interval that can be computed in one graph."""
+        mask_nodes = tuple(mask.node for mask in masks)
+        formula = map_expressions(formula, functools.partial(simplify, ranges=sizes.ranges))
         result = read_interval(formula, sizes, self._interpreter.leaf)
         if isinstance(result, Refusal):
-            return self._explain(result, masks)
-        return self._placed(result, sizes, scope, masks)
+            reason = result.reason
+            if reason is Reason.MASK_NOT_PROVED and is_selection(result.leaves):
+                reason = Reason.ALREADY_SPARSE
+            nodes = tuple(leaf.written_by for leaf in result.leaves) or mask_nodes
+            return Rejection(reason, f"{result.sentence}.", nodes)
+        leaves = self._leaves(_parts(result))
+        homes = {leaf.scope.graph_module: leaf.scope for leaf in leaves}
+        if len(homes) > 1:
+            sentence = "The mask is made of data from inside and from outside of a body that is run by an operator."
+            return Rejection(Reason.MASK_NOT_PROVED, sentence, mask_nodes)
+        home = next(iter(homes.values()), scope)
+        anchor, level = reader, scope
+        while level.graph_module is not home.graph_module and level.parent is not None:
+            anchor, level = level.calls[0], level.parent
+        held = HeldSizes(anchor)
+        missing = [size for size in sizes_needed(result, sizes) if not held.can_compute(size)]
+        if missing:
+            sentence = f"Nothing before the attention holds the size {missing[0]}, which the mask needs."
+            return Rejection(Reason.MASK_NOT_PROVED, sentence, mask_nodes)
+        return VisibleKeys(result, sizes, home, leaves)
 
-    def _placed(
-        self, interval: Interval, sizes: Sizes, scope: Scope, masks: tuple[Mask, ...]
-    ) -> VisibleKeys | Rejection:
-        """Finds the graph in which the interval can be computed."""
-        leaves = tuple(self._leaves_of(interval))
-        scopes = {id(leaf.scope.graph_module): leaf.scope for leaf in leaves}
-        if len(scopes) > 1:
-            sentence = "the mask is made of data from inside and from outside a checkpointed body"
-            return Rejection(Reason.MASK_NOT_PROVED, sentence, tuple(mask.node for mask in masks))
-        return VisibleKeys(interval, sizes, next(iter(scopes.values()), scope), leaves)
-
-    def _leaves_of(self, interval: Interval) -> list[Leaf]:
-        parts: list[sympy.Expr] = []
-        for bound in (*interval.first, *interval.last):
-            parts += [bound.position] if isinstance(bound, Limit) else [bound.values, bound.target]
-        for formula in (*interval.keys, *interval.queries):
-            parts += expressions(formula)
-        return self._named({a.func.__name__ for part in parts for a in part.atoms(AppliedUndef)})
-
-    def _leaves(self, value: Formula | Cases) -> list[Leaf]:
-        cases = value if isinstance(value, tuple) else ((value, ZERO),)
-        parts = {e for condition, _ in cases for e in expressions(condition)} | {e for _, e in cases}
-        return self._named({a.func.__name__ for part in parts for a in part.atoms(AppliedUndef)})
-
-    def _named(self, names: set[str]) -> list[Leaf]:
-        return [self._interpreter.leaf(name) for name in sorted(names)]
-
-    def _explain(self, refusal: Refusal, masks: tuple[Mask, ...]) -> Rejection:
-        """A refusal as a rejection: names the nodes at fault, and the known kinds of bias."""
-        nodes = tuple(leaf.written_by for leaf in refusal.leaves) or tuple(mask.node for mask in masks)
-        return Rejection(refusal.reason, refusal.sentence, nodes)
+    def _leaves(self, parts: Iterable[sympy.Expr]) -> tuple[Leaf, ...]:
+        names = {application.func.__name__ for part in parts for application in part.atoms(AppliedUndef)}
+        return tuple(self._interpreter.leaf(name) for name in sorted(names))
 
     def emit(self, visible: VisibleKeys, before: fx.Node, device: torch.device) -> EmittedInterval:
         """Adds the nodes that compute the visible keys.
 
         Args:
             visible: what was proved.
-            before: a node of `visible.scope`'s graph; the new nodes are inserted directly before it.
+            before: a node of `visible.scope`'s graph; the new nodes are inserted directly before it, copies of data
+                that is overwritten on the way where it still has its value.
             device: where new tensors live.
         """
-        builder = GraphBuilder(before, device)
-        read = functools.partial(self._read, builder, visible.scope, before)
-        return emit(visible.interval, visible.sizes, builder, read, self._interpreter.leaf)
+        builder = GraphBuilder(visible.scope.graph_module, before, device)
+        writes = self._interpreter.writes(visible.scope)
 
-    def _read(self, builder: GraphBuilder, scope: Scope, before: fx.Node, leaf: Leaf) -> fx.Node:
-        """A node that holds, at `before`, the values that the leaf had when the mask was made."""
-        writes = self._interpreter.writes(scope)
-        start, end = writes.position(leaf.written_by), writes.position(before)
-        if any(True for _ in writes.between(leaf.node, start, end)):
-            return builder.snapshot(leaf.node, leaf.written_by)
-        return leaf.node
+        def read(leaf: Leaf) -> fx.Node:
+            start, end = writes.position(leaf.written_by), writes.position(before)
+            overwritten = any(True for _ in writes.between(leaf.node, start, end))
+            return builder.snapshot(leaf.node, leaf.written_by) if overwritten else leaf.node
+
+        return emit(visible.interval, visible.sizes, builder, functools.cache(read), self._interpreter.leaf)
 
 
 def sizes_of(site: AttentionSite) -> Sizes:
     """The site's sizes as expressions."""
-    return Sizes(
-        size_expression(site.batch),
-        size_expression(site.query_heads),
-        size_expression(site.query_length),
-        size_expression(site.key_length),
-    )
+    return Sizes(*map(size_expression, (site.batch, site.query_heads, site.query_length, site.key_length)))
 
 
-def _allowed(tensor: AbstractTensor, mask: Mask, sizes: Sizes) -> Formula | Refusal:
-    """The mask as a formula over b, h, i and j of the visible keys."""
-    index = (B_INDEX, H_INDEX, QUERY, KEY)
+def _index(sizes: Sizes) -> tuple[sympy.Expr, ...]:
+    """The index along B, H, T and S; 0 along dimensions of size 1."""
     lengths = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
-    offset = 4 - tensor.rank
-    moved = {axis(k): ZERO if lengths[k + offset] == 1 else index[k + offset] for k in range(tensor.rank)}
-    value = substitute_value(tensor.value, moved)
-    if mask.kind is MaskKind.ALLOWED:
-        return formula_of(value)
-    if mask.kind is MaskKind.BLOCKED:
-        return negation(formula_of(value))
-    if not isinstance(value, tuple):
-        return Refusal(Reason.MASK_NOT_PROVED, f"{mask.node.name} is added to the scores although it is {tensor.dtype}")
-    return _unbiased(value, mask)
+    symbols = (B_INDEX, H_INDEX, QUERY, KEY)
+    return tuple(ZERO if length == 1 else symbol for length, symbol in zip(lengths, symbols, strict=True))
 
 
-def _unbiased(cases: Cases, mask: Mask) -> Formula | Refusal:
-    """Where an additive mask is 0; elsewhere it must hide the key."""
-    allowed = FALSE
-    for condition, expression in cases:
-        bias = _under(condition, expression)
-        if bias.is_number and bias.is_extended_real and bias <= MASKED_BELOW:
-            continue
-        if bias != 0:
-            what = f"{bias}" if bias.is_number else f"{bias}, which is not known to be 0 or below {MASKED_BELOW},"
-            return Refusal(Reason.ADDITIVE_BIAS, f"{mask.node.name} adds {what} to the scores")
-        allowed = condition if allowed == FALSE else _either(allowed, condition)
-    return allowed
-
-
-def _either(left: Formula, right: Formula) -> Formula:
-    from nsa_compile.passes.predicate.formula import disjunction
-
-    return disjunction(left, right)
-
-
-def _under(condition: Formula, expression: sympy.Expr) -> sympy.Expr:
-    """The expression where the condition holds: with `e = 0` known, multiples of `e` fall away."""
-    parts = condition.operands if not isinstance(condition, Atom) and hasattr(condition, "operands") else (condition,)
-    for part in parts:
-        if isinstance(part, Atom) and part.relation.value == "=":
-            for sign in (1, -1):
-                rest = sympy.expand(expression + sign * part.expression)
-                if rest.is_number:
-                    return rest
-    return expression
+def _parts(interval: Interval) -> list[sympy.Expr]:
+    """Every expression of an interval."""
+    parts: list[sympy.Expr] = []
+    for bound in (*interval.first, *interval.last):
+        parts += [bound.position] if isinstance(bound, Limit) else [bound.values, bound.target]
+    for formula in (*interval.keys, *interval.queries):
+        parts += expressions(formula)
+    return parts

@@ -12,11 +12,11 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
-from nsa_compile.passes.predicate.formula import And, Atom, Cast, Formula, Not, Or, Relation
+from nsa_compile.passes.metadata import tensor_of
+from nsa_compile.passes.predicate.formula import And, Atom, Cast, Formula, Not, Or, Relation, expressions
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder
 from nsa_compile.passes.predicate.interval import B_INDEX, KEY, QUERY, Bound, Interval, Limit, Sizes
 from nsa_compile.passes.predicate.tensor import Leaf, size_expression
-from nsa_compile.passes.predicate.writes import tensor_of
 
 # A size, or a tensor node `[B|1, N|1]`.
 Operand = int | float | fx.Node
@@ -44,6 +44,37 @@ def is_plain_causal(interval: Interval) -> bool:
     return interval.last == (Limit(QUERY),) and not interval.queries
 
 
+def sizes_needed(interval: Interval, sizes: Sizes) -> set[sympy.Expr]:
+    """The sizes that computing an interval takes, beside numbers."""
+    needed = {sizes.batch, sizes.queries, sizes.keys} if not _is_empty(interval) else set()
+    pending: list[sympy.Basic] = []
+    for bound in (*interval.first, *interval.last) if not is_plain_causal(interval) else interval.first:
+        pending += [bound.position] if isinstance(bound, Limit) else [bound.values, bound.target]
+    for formula in (*interval.keys, *interval.queries):
+        pending += expressions(formula)
+    while pending:
+        part = pending.pop()
+        if not isinstance(part, sympy.Expr) or part.is_number:
+            continue
+        if not part.atoms(AppliedUndef) and not part.free_symbols & {B_INDEX, QUERY, KEY}:
+            needed.add(part)
+        elif isinstance(part, sympy.Add):
+            pending += [sympy.Add(*(t for t in part.args if not _varies(t))), *(t for t in part.args if _varies(t))]
+        elif isinstance(part, sympy.floor):
+            pending += sympy.fraction(sympy.together(part.args[0]))
+        else:
+            pending += part.args
+    return needed
+
+
+def _varies(term: sympy.Expr) -> bool:
+    return bool(term.atoms(AppliedUndef) or term.free_symbols & {B_INDEX, QUERY, KEY})
+
+
+def _is_empty(interval: Interval) -> bool:
+    return not (interval.first or interval.last or interval.keys or interval.queries)
+
+
 def emit(
     interval: Interval,
     sizes: Sizes,
@@ -68,7 +99,7 @@ def emit(
             return over_queries.whole(over_queries.expression(bound.position))
         values = over_keys.whole(over_keys.expression(bound.values))
         target = over_queries.whole(over_queries.expression(bound.target))
-        return _look_up(builder, values, target, sizes.batch, is_last)
+        return _look_up(builder, values, target, sizes, is_last)
 
     first = [bound_node(bound, False) for bound in interval.first]
     plain = is_plain_causal(interval)
@@ -95,14 +126,15 @@ def _int32(builder: GraphBuilder, node: fx.Node | None) -> fx.Node | None:
     return None if node is None else builder.convert(node, torch.int32)
 
 
-def _look_up(builder: GraphBuilder, values: fx.Node, target: fx.Node, batch: sympy.Expr, is_last: bool) -> fx.Node:
+def _look_up(builder: GraphBuilder, values: fx.Node, target: fx.Node, sizes: Sizes, is_last: bool) -> fx.Node:
     """The first place `[B|1, T]` in sorted `values` `[B|1, S]` that is ≥ `target` `[B|1, T]`, or the last that is ≤."""
-    values, target = (builder.convert(node, torch.int64) for node in (values, target))
-    rows = {size_expression(builder.value(node).shape[0]) for node in (values, target)} - {1}
-    if rows:
-        values, target = (builder.expand_rows(node, batch) for node in (values, target))
-    values, target = (builder.contiguous(node) for node in (values, target))
-    place = builder.call("searchsorted", values, target, out_int32=True, right=is_last)
+    rows = [size_expression(builder.value(node).shape[0]) for node in (values, target)]
+    batch = sympy.Integer(1) if rows == [1, 1] else sizes.batch
+    values = builder.expand(builder.convert(values, torch.int64), batch, sizes.keys)
+    target = builder.expand(builder.convert(target, torch.int64), batch, sizes.queries)
+    place = builder.call(
+        "searchsorted", builder.contiguous(values), builder.contiguous(target), out_int32=True, right=is_last
+    )
     return builder.call("add", place, -1) if is_last else place
 
 
@@ -134,11 +166,8 @@ class _Positions:
         if not isinstance(operand, fx.Node) or tensor_of(operand) is None:
             shape = [builder.size(self._sizes.batch) if batch else 1, builder.size(self._length)]
             return builder.call("full", shape, operand, dtype=torch.int32, device=builder.device)
-        rows, columns = (size_expression(size) for size in builder.value(operand).shape)
-        wanted = self._sizes.batch if batch else rows
-        if (rows, columns) == (wanted, self._length):
-            return operand
-        return builder.call("broadcast_to", operand, [builder.size(wanted), builder.size(self._length)])
+        rows = self._sizes.batch if batch else size_expression(builder.value(operand).shape[0])
+        return builder.expand(operand, rows, self._length)
 
     def expression(self, expression: sympy.Expr) -> Operand:
         """Computes an integer (or converted data) expression."""

@@ -59,6 +59,19 @@ def _is_nonnegative_size(expression: sympy.Expr) -> bool:
     return bool(sympy.expand(expression.xreplace(above_one)).is_extended_nonnegative)
 
 
+def simplify(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr:
+    """The expression with quotients and remainders of indices resolved where their range decides them."""
+    changes: dict[sympy.Expr, sympy.Expr] = {}
+    for part in expression.atoms(sympy.floor, sympy.Mod):
+        if isinstance(part, sympy.Mod):
+            numerator, denominator = part.args
+        else:
+            numerator, denominator = sympy.fraction(sympy.together(part.args[0]))
+        if is_nonnegative(numerator, ranges) and is_positive(denominator - numerator, ranges):
+            changes[part] = numerator if isinstance(part, sympy.Mod) else sympy.Integer(0)
+    return expression.xreplace(changes) if changes else expression
+
+
 def never_decreases(
     expression: sympy.Expr, symbol: sympy.Symbol, sorted_axis: Callable[[str], int | None], sign: int = 1
 ) -> bool:

@@ -268,6 +268,18 @@ def substitute(formula: Formula, substitution: Substitution) -> Formula:
     return map_expressions(formula, lambda expression: expression.xreplace(substitution))
 
 
+def assume(formula: Formula, known: Mapping[Formula, bool]) -> Formula:
+    """The formula where some atoms are known to hold or not."""
+    if formula in known:
+        return truth(known[formula])
+    if isinstance(formula, Not):
+        return negation(assume(formula.operand, known))
+    if isinstance(formula, Atom):
+        return formula
+    connect = conjunction if isinstance(formula, And) else disjunction
+    return connect(*(assume(operand, known) for operand in formula.operands))
+
+
 # A number that depends on a formula: (condition, expression) pairs; exactly one condition holds.
 Cases = tuple[tuple[Formula, sympy.Expr], ...]
 Value = Formula | Cases
@@ -335,9 +347,9 @@ def value_symbols(value: Value) -> set[sympy.Basic]:
 
 
 def size_of(value: Value) -> int:
-    """The number of atoms, counted with repetition."""
+    """The number of atoms and of arithmetic operations between numbers, counted with repetition."""
     if isinstance(value, tuple):
-        return sum(size_of(condition) for condition, _ in value)
+        return sum(size_of(condition) + int(sympy.count_ops(expression)) for condition, expression in value)
     if isinstance(value, (Atom, Not)):
         return 1
     return sum(size_of(operand) for operand in value.operands)

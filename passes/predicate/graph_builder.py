@@ -1,11 +1,12 @@
 """Adds nodes to a graph, in the graph's own dialect and with the fake values that torch.compile asks for.
 
-Dynamo's graphs call torch functions and carry `meta["example_value"]`; exported graphs call aten operators and carry
-`meta["val"]`.  A node's value is computed in the fake mode of its operands: Dynamo gives a backend another one.
+Dynamo's graphs call torch functions, exported graphs call aten operators.  A node's value is computed in the fake mode
+of its operands: Dynamo gives a backend another one.
 """
 
 import contextlib
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -13,8 +14,9 @@ import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 
+from nsa_compile.passes.emission import Emitter
+from nsa_compile.passes.metadata import recorded_value, tensor_of
 from nsa_compile.passes.predicate.tensor import size_expression
-from nsa_compile.passes.predicate.writes import tensor_of
 
 # Name -> what to call in an exported graph; Dynamo's graphs call torch's function of the same name.
 _ATEN: dict[str, Any] = {
@@ -47,52 +49,98 @@ _ATEN: dict[str, Any] = {
     "unsqueeze": torch.ops.aten.unsqueeze.default,
     "where": torch.ops.aten.where.self,
 }
+# How a size is computed from parts of it, by sympy's (and torch's) name for the operation.
+_SIZE_OPERATIONS: dict[str, Any] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+}
+
+
+class HeldSizes:
+    """Which nodes hold a size, among those before a place in a graph."""
+
+    def __init__(self, before: fx.Node) -> None:
+        self._nodes: dict[sympy.Expr, fx.Node] = {}
+        self._dimensions: dict[sympy.Expr, tuple[fx.Node, int]] = {}
+        preferences: dict[sympy.Expr, int] = {}
+        for node in before.graph.nodes:
+            if node is before:
+                break
+            value = recorded_value(node)
+            if isinstance(value, torch.SymInt):
+                self._nodes.setdefault(size_expression(value), node)
+            elif isinstance(value, torch.Tensor):
+                # Inputs first, and small tensors before large ones: a size must not keep a dead mask alive.
+                preference = 0 if node.op == "placeholder" else 1 + value.dim()
+                for dim, size in enumerate(value.shape):
+                    expression = size_expression(size)
+                    if preference < preferences.get(expression, 1 << 30):
+                        preferences[expression] = preference
+                        self._dimensions[expression] = (node, dim)
+
+    def node(self, expression: sympy.Expr) -> fx.Node | None:
+        """A node that is the size."""
+        return self._nodes.get(expression)
+
+    def dimension(self, expression: sympy.Expr) -> tuple[fx.Node, int] | None:
+        """A tensor and the dimension of it that has the size."""
+        return self._dimensions.get(expression)
+
+    def can_compute(self, expression: sympy.Expr) -> bool:
+        """Whether the size can be computed from what is held."""
+        if expression.is_Integer or expression in self._nodes or expression in self._dimensions:
+            return True
+        return expression.func.__name__ in _SIZE_OPERATIONS and all(map(self.can_compute, expression.args))
 
 
 class GraphBuilder:
     """Adds nodes to one graph, before one node.
 
     Args:
+        graph_module: owner of the graph.
         before: new nodes are inserted before it, in program order.
         device: where new tensors live.
     """
 
-    def __init__(self, before: fx.Node, device: torch.device) -> None:
-        self._before = before
-        self._graph = before.graph
+    def __init__(self, graph_module: fx.GraphModule, before: fx.Node, device: torch.device) -> None:
         self.device = device
-        reference = next((node for node in self._graph.nodes if tensor_of(node) is not None), before)
-        self._key = "val" if "val" in reference.meta and "example_value" not in reference.meta else "example_value"
-        fake = tensor_of(reference)
-        self._fake_mode = fake.fake_mode if isinstance(fake, FakeTensor) else None
+        self._graph_module = graph_module
+        self._emitter = Emitter(graph_module, before)
+        self._held = HeldSizes(before)
         self._sizes: dict[sympy.Expr, int | fx.Node] = {}
+        tensors = [node for node in graph_module.graph.nodes if tensor_of(node) is not None]
+        self._is_exported = bool(tensors) and "example_value" not in tensors[0].meta
+        fake = tensor_of(tensors[0]) if tensors else None
+        self._fake_mode = fake.fake_mode if isinstance(fake, FakeTensor) else contextlib.nullcontext()
 
     def value(self, node: fx.Node) -> Any:
         """The node's fake value."""
-        return node.meta[self._key]
+        return recorded_value(node)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Adds a call of torch's function (or aten's operator) `name`."""
-        return self._add(_ATEN[name] if self._key == "val" else getattr(torch, name), args, kwargs)
+        return self._add(_ATEN[name] if self._is_exported else getattr(torch, name), args, kwargs)
 
     def _add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        with self._graph.inserting_before(self._before):
-            node = self._graph.call_function(target, args, kwargs)
-        values = fx.map_arg((args, kwargs), self.value)
-        with self._fake_mode or contextlib.nullcontext(), torch.no_grad():
-            node.meta[self._key] = target(*values[0], **values[1])
-        for inherited in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if inherited in self._before.meta:
-                node.meta[inherited] = self._before.meta[inherited]
+        values, named = fx.map_arg((args, kwargs), recorded_value)
+        with self._fake_mode, torch.no_grad():
+            value = target(*values, **named)
+        node = self._emitter.call(target, args, kwargs, value)
+        # The node that the new one stands before may record nothing.
+        node.meta.setdefault("val" if self._is_exported else "example_value", value)
         return node
 
-    def convert(self, node: Any, dtype: torch.dtype) -> fx.Node:
+    def convert(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """The tensor in another dtype; itself where it has the dtype."""
         if self.value(node).dtype == dtype:
             return node
-        if self._key == "val":
-            return self._add(torch.ops.aten.to.dtype, (node, dtype), {})
-        return self._add(torch.Tensor.to, (node, dtype), {})
+        return self._add(torch.ops.aten.to.dtype if self._is_exported else torch.Tensor.to, (node, dtype), {})
 
     def contiguous(self, node: fx.Node) -> fx.Node:
         """The tensor, contiguous."""
@@ -105,74 +153,44 @@ class GraphBuilder:
         place = after
         while place.op == "placeholder" and place.next.op == "placeholder":
             place = place.next
-        before, self._before = self._before, place.next
+        here, self._emitter = self._emitter, Emitter(self._graph_module, place.next)
         try:
             return self.call("clone", node)
         finally:
-            self._before = before
+            self._emitter = here
 
     def scalar(self, number: int, dtype: torch.dtype) -> fx.Node:
         """A tensor of rank 0."""
         return self.call("full", [], number, dtype=dtype, device=self.device)
 
-    def expand_rows(self, node: fx.Node, rows: sympy.Expr) -> fx.Node:
-        """`[B|1, N]` as `[B, N]`."""
-        shape = self.value(node).shape
-        if size_expression(shape[0]) == rows:
+    def expand(self, node: fx.Node, rows: sympy.Expr, columns: sympy.Expr) -> fx.Node:
+        """`[B|1, N|1]` as `[rows, columns]`."""
+        if tuple(size_expression(size) for size in self.value(node).shape) == (rows, columns):
             return node
-        return self.call("broadcast_to", node, [self.size(rows), self.size(size_expression(shape[1]))])
+        return self.call("broadcast_to", node, [self.size(rows), self.size(columns)])
 
-    def index(self, node: fx.Node, places: list[fx.Node]) -> fx.Node:
+    def index(self, node: fx.Node, places: Iterable[fx.Node]) -> fx.Node:
         """`node[places]` for index tensors that are broadcast together."""
-        if self._key == "val":
-            return self._add(torch.ops.aten.index.Tensor, (node, places), {})
+        if self._is_exported:
+            return self._add(torch.ops.aten.index.Tensor, (node, list(places)), {})
         return self._add(operator.getitem, (node, tuple(places)), {})
 
     def size(self, expression: sympy.Expr) -> Any:
-        """A size: a number, or a node that holds it.
-
-        Raises:
-            NotImplementedError: nothing in the graph before the insertion point has the size's symbols.
-        """
+        """A size: a number, or a node that holds it."""
         expression = sympy.sympify(expression)
         if expression.is_Integer:
             return int(expression)
-        if not self._sizes:
-            self._collect_sizes()
         if expression not in self._sizes:
-            self._sizes[expression] = self._computed_size(expression)
+            self._sizes[expression] = self._held.node(expression) or self._computed_size(expression)
         return self._sizes[expression]
 
-    def _collect_sizes(self) -> None:
-        """Notes which nodes before the insertion point hold a size, and which tensors have it as a dimension."""
-        dimensions: dict[sympy.Expr, tuple[int, fx.Node, int]] = {}
-        for node in self._graph.nodes:
-            if node is self._before:
-                break
-            value = node.meta.get(self._key)
-            if isinstance(value, torch.SymInt):
-                self._sizes.setdefault(size_expression(value), node)
-            elif isinstance(value, torch.Tensor):
-                # Inputs first, and small tensors before large ones: a size must not keep a dead mask alive.
-                preference = 0 if node.op == "placeholder" else 1 + value.dim()
-                for dim, size in enumerate(value.shape):
-                    if isinstance(size, torch.SymInt):
-                        expression = size_expression(size)
-                        if expression not in dimensions or preference < dimensions[expression][0]:
-                            dimensions[expression] = (preference, node, dim)
-        self._dimensions = dimensions
-
     def _computed_size(self, expression: sympy.Expr) -> fx.Node:
-        if expression in self._dimensions:
-            _, node, dim = self._dimensions[expression]
-            if self._key == "val":
-                return self._add(torch.ops.aten.sym_size.int, (node, dim), {})
-            return self._add(torch.Tensor.size, (node, dim), {})
-        if isinstance(expression, (sympy.Add, sympy.Mul)):
-            target = operator.add if isinstance(expression, sympy.Add) else operator.mul
-            parts = [self.size(part) for part in expression.args]
-            result = parts[0]
-            for part in parts[1:]:
-                result = self._add(target, (result, part), {})
-            return result
-        raise NotImplementedError(f"no node holds the size {expression}")
+        held = self._held.dimension(expression)
+        if held is not None:
+            return self._add(torch.ops.aten.sym_size.int if self._is_exported else torch.Tensor.size, held, {})
+        target = _SIZE_OPERATIONS[expression.func.__name__]
+        parts = [self.size(part) for part in expression.args]
+        result = parts[0]
+        for part in parts[1:]:
+            result = self._add(target, (result, part), {})
+        return result

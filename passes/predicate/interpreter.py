@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nsa_compile.passes.metadata import recorded_value, tensor_of
 from nsa_compile.passes.predicate import (
     operations_creation,
     operations_pointwise,
@@ -28,7 +29,7 @@ from nsa_compile.passes.predicate.tensor import (
     leaf_tensor,
     size_expression,
 )
-from nsa_compile.passes.predicate.writes import Writes, target_name, tensor_of
+from nsa_compile.passes.predicate.writes import Writes, target_name
 from nsa_compile.passes.sites import Scope
 
 # Gives the value of a tensor that nothing can change unnoticed (a buffer, a constant), or None.
@@ -77,6 +78,10 @@ class Interpreter:
         if graph not in self._writes:
             self._writes[graph] = Writes(graph)
         return self._writes[graph]
+
+    def assume(self, node: fx.Node, scope: Scope, value: AbstractTensor) -> None:
+        """Sets the value of a placeholder, such as the position that a predicate is asked about."""
+        self._values[Source(node, scope)] = value
 
     def evaluate(self, node: fx.Node, scope: Scope, reader: fx.Node) -> AbstractTensor:
         """What `reader` sees when it reads `node`, both in `scope`."""
@@ -128,7 +133,7 @@ class Interpreter:
         """What the source's node reads from an argument: a `Source`, an expression, or None where it is no number."""
         if tensor_of(argument) is not None:
             return self._source(argument, source.scope, self.writes(source.scope).position(source.node))
-        value = argument.meta.get("example_value", argument.meta.get("val"))
+        value = recorded_value(argument)
         if isinstance(value, torch.SymInt):
             return size_expression(value)
         return value if isinstance(value, (bool, int, float)) else None

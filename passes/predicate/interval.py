@@ -26,7 +26,7 @@ from nsa_compile.passes.predicate.formula import (
     free_symbols,
     map_expressions,
 )
-from nsa_compile.passes.predicate.tensor import Leaf
+from nsa_compile.passes.predicate.tensor import Leaf, axis
 from nsa_compile.passes.sites import Reason
 
 B_INDEX, H_INDEX, QUERY, KEY = (sympy.Symbol(letter, integer=True, nonnegative=True) for letter in "bhij")
@@ -154,13 +154,10 @@ class _Reader:
             if run is None or position is None:
                 continue
             at_query, at_key = (total.args[position] for total in totals)
-            others = [[a for k, a in enumerate(total.args) if k != position] for total in totals]
-            if others[0] != others[1]:
+            if any(x != y for k, (x, y) in enumerate(zip(*(t.args for t in totals), strict=True)) if k != position):
                 continue
-            for data in set().union(*(e.atoms(AppliedUndef) for c in conjuncts for e in expressions(c))):
-                if data.func.__name__ == run.data and data.args[run.axis] == at_key:
-                    moved = data.func(*(at_query if k == run.axis else a for k, a in enumerate(data.args)))
-                    replacement[data] = moved + run.slope * (at_key - at_query)
+            data = [run.data.xreplace({axis(k): a for k, a in enumerate(total.args)}) for total in totals]
+            replacement[data[1]] = data[0] + run.slope * (at_key - at_query)
         if not replacement:
             return list(conjuncts)
         changed = (map_expressions(c, lambda e: e.xreplace(replacement)) for c in conjuncts)

@@ -28,6 +28,7 @@ from nsa_compile.passes.predicate.tensor import (
     elementwise,
     make_tensor,
 )
+from nsa_compile.passes.predicate.writes import target_name
 
 _WIDE_INTEGERS = (torch.int32, torch.int64)
 # A float32 holds every integer up to here; positions are below it.
@@ -178,7 +179,7 @@ def _remainder(call: Call, input: Any, other: Any) -> AbstractTensor:
     def remainder(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
         if not (x.is_integer and y.is_positive and y.is_integer):
             raise UnknownError("it divides by something that is not known to be a positive integer")
-        if call.node.target in ("fmod", torch.fmod) and not x.is_nonnegative:
+        if target_name(call.node) in ("fmod", "fmod_") and not x.is_nonnegative:
             raise UnknownError("the sign of the dividend is not known")
         return sympy.Mod(x, y)
 
@@ -325,7 +326,7 @@ def _zero(call: Call) -> AbstractTensor:
 @operation(
     *("to", "_to_copy", "type", "type_as", "bool", "float", "double", "half", "bfloat16", "int", "long", "contiguous"),
     *("clone", "detach", "alias", "lift_fresh_copy", "lift_fresh", "cpu", "cuda", "requires_grad", "pos", "positive"),
-    *("short", "char", "byte", "lift", "view_as_real_copy"),
+    *("short", "char", "byte", "lift"),
 )
 def _convert(call: Call, input: Any, *_: Any, **__: Any) -> AbstractTensor:
     return converted(as_tensor(input), call.dtype)

@@ -9,13 +9,11 @@ from sympy.core.function import AppliedUndef
 
 from nsa_compile.passes.predicate.facts import never_decreases
 from nsa_compile.passes.predicate.formula import (
-    FALSE,
+    And,
     Atom,
-    Formula,
-    Not,
-    Or,
     Relation,
     UnknownError,
+    assume,
     cases_of,
     combine,
     compare,
@@ -77,39 +75,18 @@ def _run(tensor: AbstractTensor, along: int) -> Run | None:
     """
     if any(expression not in (ZERO, ONE) for _, expression in cases_of(tensor.value)):
         return None
-    inside = negation(tensor.formula)
     here = axis(along)
-    # Within a document positions after its first are at least 1, so conditions on position 0 fall away.
-    at_start = compare("==", here, ZERO)
-    parts = inside.operands if isinstance(inside, Or) else (inside,)
-    steps = [part for part in parts if part != at_start]
-    if len(steps) != 1:
-        return None
-    step = _after_start(steps[0], at_start)
-    if not isinstance(step, Atom) or step.relation is not Relation.EQUAL:
-        return None
-    applications = [a for a in step.expression.atoms(AppliedUndef) if here in a.free_symbols]
-    if len(applications) != 2 or applications[0].func != applications[1].func:
-        return None
-    for now, previous in (applications, applications[::-1]):
-        changed = [k for k, (x, y) in enumerate(zip(now.args, previous.args, strict=True)) if x != y]
-        if len(changed) != 1 or now.args[changed[0]] != here or previous.args[changed[0]] != here - 1:
+    # Inside a document, positions after its first are not 0.
+    inside = assume(negation(tensor.formula), {compare("==", here, ZERO): False})
+    for step in inside.operands if isinstance(inside, And) else (inside,):
+        if not isinstance(step, Atom) or step.relation is not Relation.EQUAL:
             continue
-        sign = step.expression.coeff(now)
-        slope = sympy.expand(now - previous - step.expression * sign)
-        if sign in (1, -1) and slope.is_Integer:
-            return Run(now.func.__name__, changed[0], slope)
+        for now in step.expression.atoms(AppliedUndef):
+            sign = step.expression.coeff(now)
+            slope = sympy.expand(now - now.xreplace({here: here - 1}) - sign * step.expression)
+            if here in now.args and sign in (1, -1) and slope.is_Integer:
+                return Run(now, slope)
     return None
-
-
-def _after_start(formula: Formula, at_start: Formula) -> Formula:
-    """The formula where the position is not 0."""
-    if formula == at_start:
-        return FALSE
-    if isinstance(formula, (Atom, Not)):
-        return formula
-    remaining = [operand for operand in formula.operands if operand not in (at_start, negation(at_start))]
-    return remaining[0] if len(remaining) == 1 else formula
 
 
 @operation("searchsorted")

@@ -75,7 +75,7 @@ def _reshaped_index(tensor: AbstractTensor, shape: Sequence[sympy.Expr]) -> list
         flat = sum((axis(k) * _product(shape, outputs[n + 1 :]) for n, k in enumerate(outputs)), ZERO)
         for n, k in enumerate(inputs):
             inner = _product(tensor.shape, inputs[n + 1 :])
-            position = flat if inner == 1 else sympy.floor(flat / inner)
+            position = flat if inner == 1 else sympy.floor(sympy.expand(flat / inner))
             index[k] = position if n == 0 else sympy.Mod(position, tensor.shape[k])
     if source or result:
         raise UnknownError(f"it reshapes {tensor.shape} to {tuple(shape)}")

@@ -59,16 +59,14 @@ def number_expression(value: bool | float) -> sympy.Expr:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays true between two positions of equal running sum: `data(y) = data(x) + slope·(y − x)`.
+    """What stays true between two positions of equal running sum: `data` grows by `slope` with each position.
 
     Attributes:
-        data: name of the function that grows by `slope` from one position to the next.
-        axis: number of its argument that is the position.
-        slope: the growth.
+        data: a leaf's function at an index, in terms of the running sum's axes.
+        slope: its growth from one position to the next.
     """
 
-    data: str
-    axis: int
+    data: sympy.Expr
     slope: sympy.Expr
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.tensor import size_expression
 
 _INPLACE_OPERATORS = frozenset(
@@ -22,12 +23,6 @@ _INPLACE_OPERATORS = frozenset(
 )
 # End in an underscore but change nothing that a reader could see.
 _HARMLESS = frozenset({"requires_grad_", "share_memory_", "and_", "or_", "not_", "is_", "_set_grad_enabled"})
-
-
-def tensor_of(node: fx.Node) -> torch.Tensor | None:
-    """The node's fake tensor; None where it makes none, or the graph carries none."""
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, torch.Tensor) else None
 
 
 def target_name(node: fx.Node) -> str:
