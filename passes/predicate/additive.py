@@ -1,0 +1,44 @@
+"""Reads a mask that is added to the scores: 0 where a key is visible, hugely negative where it is hidden."""
+
+import sympy
+
+from nsa_compile.passes.predicate.formula import (
+    FALSE,
+    And,
+    Atom,
+    Cases,
+    Formula,
+    Relation,
+    disjunction,
+)
+
+# A bias of this or less hides a key: models write -inf, the dtype's minimum, -1e9 or -10000.  In the softmax such a
+# key weighs less than e**-9000 of one without bias whose score is within a thousand of it.
+MASKED_BELOW = -10_000
+
+
+def unbiased(cases: Cases) -> tuple[Formula, sympy.Expr | None]:
+    """Where an additive mask leaves the score as it is.
+
+    Returns:
+        The formula of the visible keys, and the first bias that is neither 0 nor hides a key (None: there is none).
+    """
+    allowed = FALSE
+    for condition, expression in cases:
+        bias = _under(condition, expression)
+        if bias == 0:
+            allowed = disjunction(allowed, condition)
+        elif not (bias.is_number and bias.is_extended_real and bias <= MASKED_BELOW):
+            return FALSE, bias
+    return allowed, None
+
+
+def _under(condition: Formula, expression: sympy.Expr) -> sympy.Expr:
+    """The expression where the condition holds: with `e = 0` known, `e + c` is `c`."""
+    for part in condition.operands if isinstance(condition, And) else (condition,):
+        if isinstance(part, Atom) and part.relation is Relation.EQUAL:
+            for sign in (1, -1):
+                rest = sympy.expand(expression + sign * part.expression)
+                if rest.is_number:
+                    return rest
+    return expression

@@ -1,0 +1,75 @@
+"""Names what is behind a refusal: a learned bias, ALiBi, an indexer, a mask from outside."""
+
+import collections
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from nsa_compile.passes.metadata import recorded_value
+from nsa_compile.passes.predicate.interval import H_INDEX, KEY, QUERY
+from nsa_compile.passes.predicate.tensor import Leaf
+from nsa_compile.passes.predicate.writes import target_name
+from nsa_compile.passes.sites import Reason, Scope
+
+# Operations that pick keys by score.
+_SELECTIONS = frozenset({"topk", "kthvalue", "sort", "argsort", "msort"})
+# The cause is near the mask: further back lies the whole model.
+_FARTHEST = 300
+
+
+def cause_of_bias(leaves: tuple[Leaf, ...], indices: set[object]) -> Reason:
+    """The kind of bias that the scores get.
+
+    Args:
+        leaves: the data in the bias.
+        indices: the index symbols that the bias depends on.
+    """
+    outside_position = False
+    for leaf in leaves:
+        if leaf.written_by.op == "placeholder" and not _is_parameter(leaf.written_by):
+            return Reason.MASK_IS_INPUT if leaf.dtype.is_floating_point else Reason.ADDITIVE_BIAS
+        for node in _nearest_first(leaf):
+            if target_name(node) in _SELECTIONS:
+                return Reason.ALREADY_SPARSE
+            if _is_parameter(node):
+                return Reason.LEARNED_BIAS
+            outside_position |= node.op in ("placeholder", "get_attr") and isinstance(
+                recorded_value(node), torch.Tensor
+            )
+    by_head_and_place = H_INDEX in indices and bool({QUERY, KEY} & indices)
+    by_place_alone = not outside_position and bool({QUERY, KEY} & indices)
+    return Reason.ALIBI if by_head_and_place or by_place_alone else Reason.ADDITIVE_BIAS
+
+
+def is_selection(leaves: tuple[Leaf, ...]) -> bool:
+    """Whether the data is the outcome of picking keys by score."""
+    return any(target_name(node) in _SELECTIONS for leaf in leaves for node in _nearest_first(leaf))
+
+
+def _nearest_first(leaf: Leaf) -> Iterator[fx.Node]:
+    """The nodes that a leaf is made of, those next to it first."""
+    start = (leaf.written_by, leaf.scope)
+    pending: collections.deque[tuple[fx.Node, Scope]] = collections.deque([start])
+    seen = {leaf.written_by}
+    while pending and len(seen) < _FARTHEST:
+        node, scope = scope_of(*pending.popleft())
+        if node is None:
+            continue
+        yield node
+        for argument in node.all_input_nodes:
+            if argument not in seen:
+                seen.add(argument)
+                pending.append((argument, scope))
+
+
+def scope_of(node: fx.Node, scope: Scope) -> tuple[fx.Node | None, Scope]:
+    """A placeholder of a body followed out to what it stands for; None for a constant."""
+    resolved, outer = scope.resolve(node)
+    return (resolved if isinstance(resolved, fx.Node) else None), outer
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    if isinstance(recorded_value(node), torch.nn.Parameter):
+        return True
+    return node.op == "placeholder" and ("_parameters_" in node.name or node.name.startswith("p_"))
