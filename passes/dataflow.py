@@ -52,7 +52,8 @@ class ActivationFlow:
         queries, keys = self._origins(site.query.node), self._origins(site.key.node)
         if queries & keys:
             return Relation.SAME_SEQUENCE
-        if all(node.op == "placeholder" for node in queries | keys):
+        if not any(map(_is_weighted, queries | keys)):
+            # The graph starts behind the projections.
             return Relation.UNKNOWN
         return Relation.DIFFERENT_SEQUENCES
 
@@ -78,7 +79,7 @@ class ActivationFlow:
         else:
             inputs = [read for read in node.all_input_nodes if read in self._flow]
             self._flow.add_edges_from((read, node) for read in inputs)
-            is_activation = bool(inputs) or any(_is_weight(read) for read in node.all_input_nodes)
+            is_activation = bool(inputs) or _is_weighted(node)
         if is_activation:
             self._flow.add_node(node)
 
@@ -88,8 +89,9 @@ def _is_floating(node: fx.Node) -> bool:
     return dtype is not None and dtype.is_floating_point
 
 
-def _is_weight(node: fx.Node) -> bool:
-    return _is_parameter(node) and _is_floating(node) and len(shape_of(node) or ()) >= 2
+def _is_weighted(node: fx.Node) -> bool:
+    """Whether a node reads a parameter of two dimensions or more: an embedding, a projection."""
+    return any(_is_parameter(read) and _is_floating(read) and len(shape_of(read)) >= 2 for read in node.all_input_nodes)
 
 
 def _is_parameter(node: fx.Node) -> bool:

@@ -118,9 +118,12 @@ class _Policy:
         return dataclasses.replace(decision or Decision(site.place, site), rejection=named)
 
     def _explained(self, site: AttentionSite, rejection: Rejection) -> Rejection:
-        """Tells apart the two kinds of attention to keys after the query."""
+        """Says more precisely what the prover, which sees the masks alone, cannot tell apart."""
         if rejection.reason is Reason.BIDIRECTIONAL:
             return self._is_cross_attention(site) or rejection
+        if rejection.reason is Reason.MASK_IS_INPUT and len(site.scope.calls) > 1:
+            sentence = f"{site.scope.path} is run {len(site.scope.calls)} times, with masks that differ."
+            return Rejection(Reason.SHARED_BODY, sentence, rejection.nodes)
         return rejection
 
     def _not_causal(self, site: AttentionSite) -> Rejection | None:
