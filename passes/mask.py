@@ -185,8 +185,9 @@ class MaskProver:
     def _allowed(self, mask: Mask, sizes: Sizes, scope: Scope, reader: fx.Node) -> Formula | Rejection:
         """The mask as a formula over b, h, i and j of the visible keys."""
         tensor = self._interpreter.evaluate(mask.node, scope, reader)
-        index = _index(sizes)[4 - tensor.rank :]
-        value = substitute_value(tensor.value, {axis(k): symbol for k, symbol in enumerate(index)})
+        index = _index(sizes)
+        places = mask.axes if mask.axes is not None else range(4 - tensor.rank, 4)
+        value = substitute_value(tensor.value, {axis(k): index[place] for k, place in enumerate(places)})
         if mask.kind is MaskKind.BLOCKED:
             return negation(formula_of(value))
         if mask.kind is MaskKind.ALLOWED or not isinstance(value, tuple):

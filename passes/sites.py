@@ -64,12 +64,15 @@ class Mask:
     """One mask of an attention; an attention's visible keys are those that all of its masks allow.
 
     Attributes:
-        node: the mask tensor, broadcastable (right-aligned) to `[B, H, T, S]`, in the site's graph.
+        node: the mask tensor, in the site's graph.
         kind: how to read it.
+        axes: for each of its dimensions, which of B (0), H (1), T (2) and S (3) it is; None where it broadcasts,
+            right-aligned, to `[B, H, T, S]` as it is.
     """
 
     node: fx.Node
     kind: MaskKind
+    axes: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
