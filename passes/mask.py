@@ -27,6 +27,7 @@ from nsa_compile.passes.predicate.formula import (
     TRUE,
     Formula,
     UnknownError,
+    combine,
     compare,
     conjunction,
     expressions,
@@ -48,7 +49,7 @@ from nsa_compile.passes.predicate.interval import (
     Sizes,
     read_interval,
 )
-from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, Leaf, axis, number, size_expression
+from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, Leaf, axis, number, number_expression, size_expression
 from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Reason, Rejection, Scope
 
 
@@ -170,7 +171,7 @@ class MaskProver:
             recorded = tensor_of(mask.node)
             if recorded is None:
                 return Rejection(Reason.UNKNOWN_SHAPES, f"{mask.node.name} carries no shape.", (mask.node,))
-            if recorded.dim() > 4:
+            if recorded.dim() > 4 and mask.axes is None:
                 sentence = f"{mask.node.name} has {recorded.dim()} dimensions, which are not [B, H, T, S]."
                 return Rejection(Reason.MASK_NOT_PROVED, sentence, (mask.node,))
             try:
@@ -192,6 +193,9 @@ class MaskProver:
             return negation(formula_of(value))
         if mask.kind is MaskKind.ALLOWED or not isinstance(value, tuple):
             return formula_of(value)
+        if mask.factor != 1:
+            factor = number_expression(mask.factor)
+            value = combine(lambda bias: bias * factor, value)
         allowed, bias = unbiased(value)
         if bias is None:
             return allowed
