@@ -49,7 +49,15 @@ from nsa_compile.passes.predicate.interval import (
     Sizes,
     read_interval,
 )
-from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, Leaf, axis, number, number_expression, size_expression
+from nsa_compile.passes.predicate.tensor import (
+    ZERO,
+    AbstractTensor,
+    Leaf,
+    axis,
+    number,
+    number_expression,
+    size_expression,
+)
 from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Reason, Rejection, Scope
 
 
