@@ -11,7 +11,6 @@ from nsa_compile.kernels.checks import check_arguments
 from nsa_compile.kernels.compression import mean_compress
 from nsa_compile.kernels.intervals import (
     blocks_with_valid_key,
-    default_intervals,
     resolve_intervals,
     tighten_intervals,
     valid_compressed_tokens,
@@ -116,9 +115,7 @@ def attention(
         key_valid = key_valid.expand(query.shape[0], num_keys)
         compressed_valid = valid_compressed_tokens(key_valid, **compression)
         block_valid = blocks_with_valid_key(key_valid, selection_block)
-        if first_key is None or last_key is None:
-            candidates = default_intervals(is_causal=is_causal, query=query, num_keys=num_keys)
-        candidates = tighten_intervals(*candidates, key_valid)  # type: ignore[arg-type]
+        candidates = tighten_intervals(first_key, last_key, key_valid, is_causal=is_causal, query=query)
 
     causal = {"is_causal": is_causal, "scale": scale}
     lse = None
@@ -150,13 +147,23 @@ def attention(
         num_local=num_local,
         num_keys=num_keys,
     )
+    forced = {"num_initial": num_initial, "num_local": num_local}
     if joint:
         output, _ = torch.ops.nsa.joint_attention(
-            query, key, value, block_indices, *visible, key_valid, **causal, selection_block=selection_block, window=window
+            query,
+            key,
+            value,
+            block_indices,
+            *visible,
+            key_valid,
+            **causal,
+            selection_block=selection_block,
+            window=window,
+            **forced,
         )
         return output
     selected_output, _ = torch.ops.nsa.selected_attention(
-        query, key, value, block_indices, *visible, key_valid, **causal, selection_block=selection_block
+        query, key, value, block_indices, *visible, key_valid, **causal, selection_block=selection_block, **forced
     )
     window_key = key if window_key is None else _contiguous_rows(window_key)
     window_value = value if window_value is None else _contiguous_rows(window_value)

@@ -50,13 +50,13 @@ def check_arguments(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
-            raise ShapeError(f"{name} has shape {_shape(tensor)}; give 4 dimensions, [batch, heads, tokens, head size].")
+            raise ShapeError(f"{name} has shape {_shape(tensor)}; give [batch, heads, tokens, head size].")
     batch, heads, num_queries, head_size = query.shape
     kv_heads, num_keys = key.shape[1:3]
     value_size = value.shape[3]
     if kv_heads == 0 or heads % kv_heads != 0:
         raise HeadCountError(
-            f"query has {heads} heads and key {kv_heads}; the number of query heads must be a multiple of the number of "
+            f"query has {heads} heads and key {kv_heads}; the number of query heads must be a multiple of that of "
             "key heads (heads are dimension 1: transpose [batch, tokens, heads, head size] first)."
         )
     if head_size == 0 or value_size == 0:
@@ -115,11 +115,13 @@ def _check_mode(
     if config.combine == "joint":
         if gates is not None:
             raise GatesError(
-                "gates were given, but combine='joint' has one softmax and no gates; leave gates out, or use combine='gated'."
+                "gates were given, but combine='joint' has one softmax and no gates; leave them out, or use "
+                "combine='gated'."
             )
         if compressed_value is not None:
             raise CompressionError(
-                "compressed_value was given, but combine='joint' uses compressed keys only, to score blocks; leave it out."
+                "compressed_value was given, but combine='joint' uses compressed keys only, to score blocks; "
+                "leave it out."
             )
         if window_key is not None or window_value is not None:
             raise ConfigError(
@@ -147,7 +149,11 @@ def _check_dtypes(same: dict[str, Tensor | None], gates: Tensor | None) -> None:
 
 
 def _check_size(
-    name: str, tensor: Tensor, size: tuple[int, ...], meaning: str, error: type[ShapeError | CompressionError] = ShapeError
+    name: str,
+    tensor: Tensor,
+    size: tuple[int, ...],
+    meaning: str,
+    error: type[ShapeError | CompressionError] = ShapeError,
 ) -> None:
     if tensor.dim() != len(size) or any(given != wanted for given, wanted in zip(tensor.shape, size, strict=True)):
         raise error(f"{name} has shape {_shape(tensor)}; give {_bracket(size)}: {meaning}.")

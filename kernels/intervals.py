@@ -40,17 +40,23 @@ def default_intervals(*, is_causal: bool, query: Tensor, num_keys: int) -> tuple
     return first, last
 
 
-def tighten_intervals(first_key: Tensor, last_key: Tensor, key_valid: Tensor) -> tuple[Tensor, Tensor]:
+def tighten_intervals(
+    first_key: Tensor | None, last_key: Tensor | None, key_valid: Tensor, *, is_causal: bool, query: Tensor
+) -> tuple[Tensor, Tensor]:
     """Moves both bounds inwards to valid keys, so that a non-empty interval starts and ends on one.
 
     Args:
-        first_key: `[B | 1, T]` int32.
-        last_key: `[B | 1, T]` int32.
+        first_key: `[B, T]` int32 or None, as `resolve_intervals` makes it.
+        last_key: `[B, T]` int32 or None, likewise.
         key_valid: `[B, S]` bool.
+        is_causal: what missing bounds mean.
+        query: `[B, H, T, D]`.
 
     Returns:
         `(first_key, last_key)`, each `[B, T]` int32; first > last where no valid key is visible.
     """
+    if first_key is None or last_key is None:
+        first_key, last_key = default_intervals(is_causal=is_causal, query=query, num_keys=key_valid.shape[1])
     batch, num_keys = key_valid.shape
     position = torch.arange(num_keys, dtype=torch.int32, device=key_valid.device)
     edge = key_valid.new_ones((batch, 1), dtype=torch.int32)

@@ -1,4 +1,6 @@
-"""The operators `torch.ops.nsa.*`: schemas, fakes, gradients, autocast.  Importing this module registers them, once.
+"""The operators `torch.ops.nsa.*`: schemas, fakes, gradients, autocast, FLOP counts.
+
+Importing this module registers them, once.
 
 `nsa::attention` is a composite: one node in Dynamo and export graphs, and below them the calls of
 kernels/attention.py.  The others are opaque; each attention branch X has `X_backward`, an operator too.
@@ -12,6 +14,8 @@ Conventions of all opaque operators:
     - `first_key` and `last_key` are both None (then 0, and t if `is_causal` else S − 1) or both int32 `[B, T]`,
       contiguous; values may lie outside 0 … S − 1.  A query with first > last sees nothing.
     - Sums are float32, float64 for float64; outputs have the query's dtype.
+    - `num_initial` and `num_local` of the attentions over lists promise that every list holds those forced blocks, as
+      `select_blocks` makes them; kernels may then read them densely.  0 promises nothing.
     - `lse` `[B, H, T]` is the natural logarithm, float32 (float64 for float64), not differentiable.  A row that
       sees nothing has lse −inf, output 0 and gradient 0.
 
@@ -27,6 +31,7 @@ from torch import Tensor
 from nsa_compile.errors import SecondDerivativeError
 from nsa_compile.kernels.attention import attention
 from nsa_compile.kernels.dispatch import implementation
+from nsa_compile.kernels.flops import register_flop_formulas
 
 _ATTENTION = (
     "attention(Tensor query, Tensor key, Tensor value, *, Tensor? gates=None, Tensor? compressed_key=None, "
@@ -45,13 +50,12 @@ _SELECT_BLOCKS = (
 # Branch -> its tensors after query, and its attributes.
 _BRANCHES = {
     "compressed_attention": (
-        "Tensor compressed_key, Tensor compressed_value, Tensor? first_key, Tensor? last_key, "
-        "Tensor? compressed_valid",
+        "Tensor compressed_key, Tensor compressed_value, Tensor? first_key, Tensor? last_key, Tensor? compressed_valid",
         "bool is_causal, float scale, int block_length, int block_stride, SymInt num_keys",
     ),
     "selected_attention": (
         "Tensor key, Tensor value, Tensor block_indices, Tensor? first_key, Tensor? last_key, Tensor? key_valid",
-        "bool is_causal, float scale, int selection_block",
+        "bool is_causal, float scale, int selection_block, int num_initial=0, int num_local=0",
     ),
     "window_attention": (
         "Tensor key, Tensor value, Tensor? first_key, Tensor? last_key, Tensor? key_valid",
@@ -59,7 +63,7 @@ _BRANCHES = {
     ),
     "joint_attention": (
         "Tensor key, Tensor value, Tensor block_indices, Tensor? first_key, Tensor? last_key, Tensor? key_valid",
-        "bool is_causal, float scale, int selection_block, int window",
+        "bool is_causal, float scale, int selection_block, int window, int num_initial=0, int num_local=0",
     ),
 }
 BRANCH_OPERATORS = tuple(_BRANCHES)
@@ -110,7 +114,9 @@ def _dispatched(name: str, query_position: int) -> Callable[..., Any]:
 def _autocast_attention(device: str) -> Callable[..., Tensor]:
     """Casts as autocast casts scaled_dot_product_attention; gates keep their dtype, as they are used in float32."""
 
-    def cast_and_attend(query: Tensor, key: Tensor, value: Tensor, *, gates: Tensor | None = None, **rest: Any) -> Tensor:
+    def cast_and_attend(
+        query: Tensor, key: Tensor, value: Tensor, *, gates: Tensor | None = None, **rest: Any
+    ) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
 
         def cast(each: Any) -> Any:
@@ -126,32 +132,34 @@ def _autocast_attention(device: str) -> Callable[..., Tensor]:
 
 
 def _fake_select_blocks(
-    query: Tensor, compressed_key: Tensor, *unused: Tensor | None, num_selected: int, **attributes: Any
+    query: Tensor, compressed_key: Tensor, *_: Tensor | None, num_selected: int, **__: Any
 ) -> Tensor:
     size = (query.shape[0], compressed_key.shape[1], query.shape[2], num_selected)
     return query.new_empty(size, dtype=torch.int32)
 
 
-def _fake_branch(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **attributes: Any) -> tuple[Tensor, Tensor]:
+def _fake_branch(query: Tensor, _key: Tensor, value: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, Tensor]:
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return output, query.new_empty(query.shape[:3], dtype=lse_dtype)
 
 
 def _fake_branch_backward(
-    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None, **attributes: Any
+    _grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None, **__: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_gradient(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
     ctx.save_for_backward(*inputs, *output)
     ctx.attributes = keyword_only_inputs
     ctx.mark_non_differentiable(output[1])
 
 
 def _branch_gradient(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    def gradient(ctx: Any, grad_output: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradient(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output.stride(-1) != 1:
             grad_output = grad_output.contiguous()
         gradients = getattr(torch.ops.nsa, backward)(grad_output, *ctx.saved_tensors, **ctx.attributes)
@@ -161,17 +169,17 @@ def _branch_gradient(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
     return gradient
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
     ctx.num_inputs = len(inputs)
     if isinstance(output, Tensor):
         ctx.mark_non_differentiable(output)
 
 
-def _no_gradient(ctx: Any, grad_output: Tensor | None) -> tuple[None, ...]:
+def _no_gradient(ctx: Any, _grad_output: Tensor | None) -> tuple[None, ...]:
     return (None,) * ctx.num_inputs
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+def _refuse_second_derivative(_ctx: Any, *_: Tensor) -> None:
     raise SecondDerivativeError(
         "Native Sparse Attention has first derivatives only; compute the gradient without create_graph=True."
     )
@@ -180,3 +188,4 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
 # A second import of this file, under another name or after a reload, finds the operators in place.
 if not hasattr(torch.ops.nsa, "attention"):
     LIBRARY = _register()
+    register_flop_formulas()

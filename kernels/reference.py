@@ -86,7 +86,10 @@ def attention(
     selected, _ = selected_attention(
         query, key, value, block_indices, selection_block=selection_block, scale=scale, **sight
     )
-    window_key, window_value = (key if window_key is None else window_key), (value if window_value is None else window_value)
+    window_key, window_value = (
+        (key if window_key is None else window_key),
+        (value if window_value is None else window_value),
+    )
     windowed, _ = window_attention(query, window_key, window_value, window=window, scale=scale, **sight)
     branches = torch.stack([compressed, selected, windowed], -2)  # [B, H, T, 3, D_v]
     return (gates.double().unsqueeze(-1) * branches).sum(-2)  # type: ignore[union-attr]
@@ -134,10 +137,7 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention to the compressed tokens whose l keys are all visible.
 
-    Args:
-        compressed_key: `[B, H_kv, N_cmp, D]`.
-        compressed_value: `[B, H_kv, N_cmp, D_v]`.
-        num_keys: S.
+    `compressed_key` is `[B, H_kv, N_cmp, D]`, `compressed_value` `[B, H_kv, N_cmp, D_v]`, `num_keys` S.
 
     Returns:
         `(output [B, H, T, D_v], lse [B, H, T])`, float64; 0 and −inf where nothing is visible.
@@ -164,9 +164,7 @@ def block_scores(
 ) -> Tensor:
     """Scores of the blocks: the compressed branch's probability mass on each, summed over the group.
 
-    Args:
-        visible: `[B, T, S]` bool, the keys that each query sees.
-        num_blocks: N_blk.
+    `compressed_key` is `[B, H_kv, N_cmp, D]`, `visible` `[B, T, S]` bool, `num_blocks` N_blk.
 
     Returns:
         `[B, H_kv, T, N_blk]` float64.
@@ -203,11 +201,8 @@ def select_blocks(
 ) -> Tensor:
     """Lists the blocks of each query and KV head.
 
-    Args:
-        compressed_key: `[B, H_kv, N_cmp, D]`.
-        num_keys: S.
-        num_initial: first candidates that are always listed.
-        num_local: last candidates that are always listed.
+    `compressed_key` is `[B, H_kv, N_cmp, D]`, `num_keys` S.  The first `num_initial` and the last `num_local`
+    candidates are always listed.
 
     Returns:
         `[B, H_kv, T, n]` int32, ascending, padded with −1.
@@ -260,8 +255,7 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention to the visible tokens of the listed blocks.
 
-    Args:
-        block_indices: `[B, H_kv, T, n]` integers, −1 for none.
+    `block_indices` is `[B, H_kv, T, n]` integers, −1 for none.
 
     Returns:
         `(output [B, H, T, D_v], lse [B, H, T])`, float64.
@@ -295,7 +289,9 @@ def window_attention(
     sight = {"first_key": first_key, "last_key": last_key, "key_valid": key_valid, "is_causal": is_causal}
 
     def mask(queries: slice) -> Tensor:
-        return _window_keys(query[:, :, queries], key.shape[2], window, **_cut(sight, query, key.shape[2], queries)).unsqueeze(1)
+        return _window_keys(
+            query[:, :, queries], key.shape[2], window, **_cut(sight, query, key.shape[2], queries)
+        ).unsqueeze(1)
 
     return _masked_attention(query, key, value, mask, scale)
 
@@ -316,8 +312,7 @@ def joint_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention, in one softmax, to the visible tokens that are in a listed block or in the window.
 
-    Args:
-        block_indices: `[B, H_kv, T, n]` integers, −1 for none.
+    `block_indices` is `[B, H_kv, T, n]` integers, −1 for none.
 
     Returns:
         `(output [B, H, T, D_v], lse [B, H, T])`, float64.

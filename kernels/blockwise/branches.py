@@ -1,6 +1,7 @@
 """The attention branches in aten: memory linear in S, sums in float32 (float64 for float64).
 
 Each function implements the operator of the same name; kernels/operators.py documents arguments and results.
+Forced blocks (`num_initial`, `num_local`) stand in the lists, and are read from there as any other.
 """
 
 from torch import Tensor
@@ -97,8 +98,8 @@ def selected_attention(
     is_causal: bool,
     scale: float,
     selection_block: int,
-    num_initial: int = 0,
-    num_local: int = 0,
+    num_initial: int = 0,  # noqa: ARG001
+    num_local: int = 0,  # noqa: ARG001
 ) -> Pair:
     """Attends to the visible tokens of the listed blocks."""
     bounds = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=key.shape[2])
@@ -120,8 +121,8 @@ def selected_attention_backward(
     is_causal: bool,
     scale: float,
     selection_block: int,
-    num_initial: int = 0,
-    num_local: int = 0,
+    num_initial: int = 0,  # noqa: ARG001
+    num_local: int = 0,  # noqa: ARG001
 ) -> Triple:
     """Gradients of `selected_attention`."""
     bounds = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=key.shape[2])
@@ -196,8 +197,8 @@ def joint_attention(
     scale: float,
     selection_block: int,
     window: int,
-    num_initial: int = 0,
-    num_local: int = 0,
+    num_initial: int = 0,  # noqa: ARG001
+    num_local: int = 0,  # noqa: ARG001
 ) -> Pair:
     """Attends to the union of the listed blocks' tokens and the window, in one softmax."""
     parts = _joint_parts(
@@ -229,8 +230,8 @@ def joint_attention_backward(
     scale: float,
     selection_block: int,
     window: int,
-    num_initial: int = 0,
-    num_local: int = 0,
+    num_initial: int = 0,  # noqa: ARG001
+    num_local: int = 0,  # noqa: ARG001
 ) -> Triple:
     """Gradients of `joint_attention`."""
     parts = _joint_parts(

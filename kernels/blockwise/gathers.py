@@ -32,7 +32,14 @@ class Gather:
 
 
 def iterate_gathers(
-    rows: Tensor, value_size: int, block_indices: Tensor, block: int, num_keys: int, lo: Tensor, hi: Tensor, valid: Tensor | None
+    rows: Tensor,
+    value_size: int,
+    block_indices: Tensor,
+    block: int,
+    num_keys: int,
+    lo: Tensor,
+    hi: Tensor,
+    valid: Tensor | None,
 ) -> Iterator[Gather]:
     """Yields chunks of queries of bounded size.
 
@@ -111,5 +118,8 @@ def accumulate_gathers_backward(
         grad_scores = (grads @ values.transpose(-1, -2)).sub_(gradients.delta[at].unsqueeze(-1)).mul_(weights)
         gradients.query[at] += grad_scores @ keys
         index = (gather.positions + head_start).flatten()
-        for total, change in ((gradients.key, grad_scores.transpose(-1, -2) @ part), (gradients.value, weights.transpose(-1, -2) @ grads)):
+        for total, change in (
+            (gradients.key, grad_scores.transpose(-1, -2) @ part),
+            (gradients.value, weights.transpose(-1, -2) @ grads),
+        ):
             total.view(-1, total.shape[-1]).index_add_(0, index, change.flatten(0, 3))

@@ -60,7 +60,12 @@ def iterate_visits(
             for begin in range(0, num_queries, chunk):
                 at = slice(begin, begin + chunk)
                 pairs = _sort_pairs(
-                    block_indices[b, head, at], block, num_keys, low[at], high[at], None if complete is None else complete[b]
+                    block_indices[b, head, at],
+                    block,
+                    num_keys,
+                    low[at],
+                    high[at],
+                    None if complete is None else complete[b],
                 )
                 queries = pairs.queries + begin
                 offset = 0
@@ -94,7 +99,9 @@ class _Pairs:
     counts: list[int]
 
 
-def _sort_pairs(listed: Tensor, block: int, num_keys: int, low: Tensor, high: Tensor, complete: Tensor | None) -> _Pairs:
+def _sort_pairs(
+    listed: Tensor, block: int, num_keys: int, low: Tensor, high: Tensor, complete: Tensor | None
+) -> _Pairs:
     start = listed.long() * block
     end = (start + block).clamp_max(num_keys)
     low, high = low.unsqueeze(1), high.unsqueeze(1)
@@ -155,7 +162,9 @@ def accumulate_lists(state: RunningSoftmax, rows: Tensor, key: Tensor, value: Te
         weighted.index_add_(0, visit.queries, product.unflatten(0, weights.shape[:2]))
 
 
-def accumulate_lists_backward(gradients: Gradients, rows: Tensor, key: Tensor, value: Tensor, visits: Iterator[Visit]) -> None:
+def accumulate_lists_backward(
+    gradients: Gradients, rows: Tensor, key: Tensor, value: Tensor, visits: Iterator[Visit]
+) -> None:
     """Adds the gradients that flow through the visits.
 
     Args:

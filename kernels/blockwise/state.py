@@ -136,7 +136,9 @@ class Gradients:
     value: Tensor
 
     @classmethod
-    def start(cls, grad_output: Tensor, output: Tensor, lse: Tensor, rows: Tensor, key: Tensor, value: Tensor) -> "Gradients":
+    def start(
+        cls, grad_output: Tensor, output: Tensor, lse: Tensor, rows: Tensor, key: Tensor, value: Tensor
+    ) -> "Gradients":
         """Starts at zero.
 
         Args:

@@ -63,13 +63,6 @@ def key_range(
 
 
 @triton.jit
-def routed(block, low, initial, SELECTION_BLOCK: tl.constexpr):
-    """Whether a listed block holds keys of its own: after the initial keys and before the contiguous range."""
-    start = block * SELECTION_BLOCK
-    return (block >= 0) & (start >= initial) & (start < low)
-
-
-@triton.jit
 def load_tile(pointer, rows, columns, stride, row_mask, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Loads a [rows, columns] tile, zero where masked; `columns` is padded to BLOCK when COLUMNS is no power of two."""
     pointers = pointer + rows[:, None] * stride + columns[None, :]
@@ -144,20 +137,15 @@ def forward_step(
 @triton.jit
 def flash_forward(
     query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, output_ptr, lse_ptr,
-    blocks_ptr, partial_ptr, partial_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    H, T, S, N, window, local_blocks, initial, token_start, token_end, num_listed, scale_log2,
+    H, T, S, N, window, local_blocks, initial, token_start, token_end, scale_log2,
     GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_PARTIALS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr,
     LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse for the tokens [token_start, token_end) of one query head.
-
-    With HAS_PARTIALS, the listed blocks that lie before the range (see `routed`) join the same softmax at the end, as
-    normalised outputs [B, token, slot, H, DV] with a base-2 lse beside them.  Without HAS_DENSE they are all there is.
-    """
+    """Output and lse for the tokens [token_start, token_end) of one query head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: heaviest tiles first
     batch = tl.program_id(1) // H
     head = tl.program_id(1) % H
@@ -166,10 +154,7 @@ def flash_forward(
     tokens = tile_start + rows
     stored = tokens < token_end
     first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
-    if HAS_DENSE:
-        low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
-    else:
-        low, high = rows * 0 + EMPTY_LOW, rows * 0 - 1
+    low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
 
     query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     query_base += tile_start.to(tl.int64) * stride_qt
@@ -211,27 +196,6 @@ def flash_forward(
         )  # fmt: skip
 
     columns = tl.arange(0, BLOCK_DV)
-    if HAS_PARTIALS:
-        chunk = token_end - token_start
-        partial_row = (batch.to(tl.int64) * chunk + (tokens - token_start)) * num_listed * SUB
-        listed = blocks_ptr + ((tl.program_id(1) // GROUP).to(tl.int64) * T + tokens) * num_listed
-        for slot in range(num_listed * SUB):
-            offset = (partial_row + slot) * H + head
-            block = tl.load(listed + slot // SUB, mask=stored, other=-1)
-            used = routed(block, low, initial, SELECTION_BLOCK)
-            lse = tl.load(partial_lse_ptr + offset, mask=used, other=float("-inf"))
-            partial = tl.load(
-                partial_ptr + offset[:, None] * DV + columns[None, :],
-                mask=used[:, None] & (columns < DV)[None, :], other=0.0,
-            )  # fmt: skip
-            new_maximum = tl.maximum(maximum, lse)
-            reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            rescale = tl.exp2(maximum - reference)
-            weight = tl.exp2(lse - reference)
-            accumulator = accumulator * rescale[:, None] + partial.to(tl.float32) * weight[:, None]
-            total = total * rescale + weight
-            maximum = new_maximum
-
     seen = total > 0
     output = accumulator / tl.where(seen, total, 1.0)[:, None]
     lse = tl.where(seen, (maximum + tl.log2(total)) * 0.6931471805599453, float("-inf"))
@@ -285,17 +249,16 @@ def query_gradient_step(
 @triton.jit
 def flash_query_gradient(
     query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, grad_ptr, lse_ptr, delta_ptr, grad_query_ptr,
-    blocks_ptr, partial_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gt,
-    H, T, S, N, window, local_blocks, initial, token_start, token_end, num_listed, scale, scale_log2,
+    H, T, S, N, window, local_blocks, initial, token_start, token_end, scale, scale_log2,
     GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_PARTIALS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries, tokens [token_start, token_end) of one head; partials [B, token, slot, H, D] are added."""
+    """Gradient of the queries, tokens [token_start, token_end) of one head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // H
     head = tl.program_id(1) % H
@@ -304,10 +267,7 @@ def flash_query_gradient(
     tokens = tile_start + rows
     stored = tokens < token_end
     first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
-    if HAS_DENSE:
-        low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
-    else:
-        low, high = rows * 0 + EMPTY_LOW, rows * 0 - 1
+    low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
 
     query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     query_base += tile_start.to(tl.int64) * stride_qt
@@ -351,19 +311,6 @@ def flash_query_gradient(
     accumulator *= scale
 
     columns = tl.arange(0, BLOCK_D)
-    if HAS_PARTIALS:
-        chunk = token_end - token_start
-        partial_row = (batch.to(tl.int64) * chunk + (tokens - token_start)) * num_listed * SUB
-        listed = blocks_ptr + ((tl.program_id(1) // GROUP).to(tl.int64) * T + tokens) * num_listed
-        for slot in range(num_listed * SUB):
-            offset = (partial_row + slot) * H + head
-            block = tl.load(listed + slot // SUB, mask=stored, other=-1)
-            used = routed(block, low, initial, SELECTION_BLOCK)
-            partial = tl.load(
-                partial_ptr + offset[:, None] * D + columns[None, :],
-                mask=used[:, None] & (columns < D)[None, :], other=0.0,
-            )  # fmt: skip
-            accumulator += partial.to(tl.float32)
     tl.store(
         grad_query_ptr + row[:, None] * D + columns[None, :], accumulator.to(grad_query_ptr.dtype.element_ty),
         mask=stored[:, None] & (columns < D)[None, :],

@@ -67,15 +67,6 @@ class Intervals(NamedTuple):
         }
 
 
-class ListedPartials(NamedTuple):
-    """Results of the listed blocks of the tokens [start, end), to be merged in; see `selected.attend_listed`."""
-
-    block_indices: Tensor
-    partial: Tensor
-    lse: Tensor | None
-    sub: int  # partials per listed block
-
-
 def contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor itself when its last dimension is contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -94,17 +85,41 @@ def head_constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int |
     }
 
 
-def tile_sizes(stage: str, query: Tensor, value: Tensor) -> dict[str, int]:
-    """Tile sizes, warps and pipeline stages of a stage ("forward", "query_gradient", "key_gradient")."""
+def is_hopper(tensor: Tensor) -> bool:
+    """Whether tiles may use the shared memory of a Hopper GPU (227 KB a program) rather than an Ampere's (163 KB)."""
+    return tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+# (stage, range of keys is cut to a window) -> BLOCK_M, BLOCK_N, warps, stages: 16-bit, head size up to 128, measured on
+# an H100 (NOTES.md).
+_HOPPER_TILES = {
+    ("forward", False): (128, 128, 8, 3),
+    ("forward", True): (64, 64, 4, 3),
+    ("query_gradient", False): (128, 64, 8, 3),
+    ("query_gradient", True): (64, 64, 4, 2),
+    ("key_gradient", False): (64, 128, 8, 3),
+    ("key_gradient", True): (32, 128, 8, 3),
+}
+# Without Hopper's shared memory, or with heads up to 256: the same for both kinds of range.
+_SMALLER_TILES = {
+    ("forward", 128): (128, 64, 8, 2),
+    ("forward", 256): (64, 64, 8, 2),
+    ("query_gradient", 128): (128, 64, 8, 2),
+    ("query_gradient", 256): (64, 32, 8, 2),
+    ("key_gradient", 128): (64, 128, 8, 2),
+    ("key_gradient", 256): (32, 64, 8, 2),
+}
+
+
+def tile_sizes(stage: str, geometry: KeyGeometry, query: Tensor, value: Tensor) -> dict[str, int]:
+    """Tile sizes, warps and pipeline stages of a stage: "forward", "query_gradient" or "key_gradient"."""
     width = max(triton.next_power_of_2(query.shape[-1]), triton.next_power_of_2(value.shape[-1]))
     if query.element_size() > 2:
         rows, keys, warps, stages = (64, 32, 4, 2) if width <= 128 else (32, 16, 4, 1)
-    elif stage == "forward":
-        rows, keys, warps, stages = (128, 64, 8, 3) if width <= 128 else (64, 64, 8, 2)
-    elif stage == "query_gradient":
-        rows, keys, warps, stages = (128, 64, 8, 2) if width <= 128 else (64, 32, 8, 2)
+    elif width <= 128 and is_hopper(query):
+        rows, keys, warps, stages = _HOPPER_TILES[stage, geometry.window + geometry.local_blocks > 0]
     else:
-        rows, keys, warps, stages = (64, 128, 8, 2) if width <= 128 else (32, 64, 8, 2)
+        rows, keys, warps, stages = _SMALLER_TILES[stage, 128 if width <= 128 else 256]
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -118,7 +133,6 @@ def flash_forward(
     output: Tensor | None,
     lse: Tensor,
     tokens: tuple[int, int] | None = None,
-    listed: ListedPartials | None = None,
 ) -> None:
     """Writes output [B, H, T, D_v] and lse [B, H, T] of the tokens [start, end) (all, when None).
 
@@ -134,24 +148,21 @@ def flash_forward(
         output: contiguous; written.
         lse: contiguous float32; written, natural logarithm.
         tokens: the range to compute.
-        listed: results of listed blocks to merge in, for that range.
     """
     B, H, T, _ = query.shape
     start, end = tokens or (0, T)
     if start == end or B == 0:
         return
-    sizes = tile_sizes("forward", query, value)
+    sizes = tile_sizes("forward", geometry, query, value)
     grid = (triton.cdiv(end - start, sizes["BLOCK_M"]), B * H)
     lse_only = output is None
     output = lse if output is None else output
-    blocks, partial, partial_lse, sub = listed or (lse, output, lse, 1)
     flash.flash_forward[grid](
-        query, key, value, *intervals.pointers(query), output, lse, blocks, partial, partial_lse,
+        query, key, value, *intervals.pointers(query), output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
-        start, end, blocks.shape[-1], scale * LOG2_E,
-        SUB=sub, HAS_DENSE=not geometry.empty, HAS_INITIAL=geometry.initial > 0, HAS_PARTIALS=listed is not None,
-        LSE_ONLY=lse_only, **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
+        start, end, scale * LOG2_E,
+        HAS_INITIAL=geometry.initial > 0, LSE_ONLY=lse_only, **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 
 
@@ -180,25 +191,23 @@ def flash_query_gradient(
     delta: Tensor,
     grad_query: Tensor,
     tokens: tuple[int, int] | None = None,
-    listed: ListedPartials | None = None,
 ) -> None:
     """Writes grad_query [B, H, T, D] of the tokens [start, end); arguments as in `flash_forward`.
 
-    `grad` is the output's gradient, `lse` and `delta` belong to the whole softmax, partials are [B, token, slot, H, D].
+    `grad` is the output's gradient, `lse` and `delta` belong to the whole softmax.
     """
     B, H, T, _ = query.shape
     start, end = tokens or (0, T)
     if start == end or B == 0:
         return
-    sizes = tile_sizes("query_gradient", query, value)
+    sizes = tile_sizes("query_gradient", geometry, query, value)
     grid = (triton.cdiv(end - start, sizes["BLOCK_M"]), B * H)
-    blocks, partial, _, sub = listed or (lse, grad_query, None, 1)
     flash.flash_query_gradient[grid](
-        query, key, value, *intervals.pointers(query), grad, lse, delta, grad_query, blocks, partial,
+        query, key, value, *intervals.pointers(query), grad, lse, delta, grad_query,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
-        start, end, blocks.shape[-1], scale, scale * LOG2_E,
-        SUB=sub, HAS_DENSE=not geometry.empty, HAS_INITIAL=geometry.initial > 0, HAS_PARTIALS=listed is not None,
+        start, end, scale, scale * LOG2_E,
+        HAS_INITIAL=geometry.initial > 0,
         **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 
@@ -227,7 +236,7 @@ def flash_key_gradient(
     H_kv, N, DV = key.shape[1], key.shape[2], value.shape[-1]
     constants = head_constants(query, key, value)
     group = constants["GROUP"]
-    sizes = tile_sizes("key_gradient", query, value)
+    sizes = tile_sizes("key_gradient", geometry, query, value)
     limit = min(geometry.initial, N) if initial_only else N
     if initial_only:
         sizes["BLOCK_N"] = min(sizes["BLOCK_N"], max(16, triton.next_power_of_2(limit)))

@@ -3,7 +3,7 @@
 A query-major loop (one token walks its own list, as in the paper) fetches every block through L2 once per token.
 Here the lists are inverted: for each block, in token order, the (token, slot) pairs that name it.  A block's keys
 and values are loaded once, its queries stream through, and each (token, slot) leaves a normalised partial output with
-its lse, which `flash.flash_forward` merges.  The gradient kernel is the same loop; it sums the gradients of a
+its lse, which `merge_outputs` merges.  The gradient kernel is the same loop; it sums the gradients of a
 block's keys and values in registers, in token order, so nothing is atomic and results repeat to the bit.
 
 A selection block longer than BLOCK_S is handled as `sub` blocks, each with a partial of its own.
@@ -12,7 +12,7 @@ A selection block longer than BLOCK_S is handled as `sub` blocks, each with a pa
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.gpu.flash import EMPTY_LOW, key_range, load_tile, routed, token_interval
+from nsa_compile.kernels.gpu.flash import EMPTY_LOW, key_range, load_tile, token_interval
 
 
 @triton.jit
@@ -28,23 +28,30 @@ def dense_start(
 
 
 @triton.jit
+def routed(block, low, initial, SELECTION_BLOCK: tl.constexpr):
+    """Whether a listed block holds keys of its own: after the initial keys and before the contiguous range."""
+    start = block * SELECTION_BLOCK
+    return (block >= 0) & (start >= initial) & (start < low)
+
+
+@triton.jit
 def route_entries(
-    blocks_ptr, first_ptr, last_ptr, key_ptr, T, S, num_blocks, num_listed, H_kv, window, local_blocks, initial,
+    blocks_ptr, first_ptr, last_ptr, key_ptr, T, S, num_blocks, H_kv, window, local_blocks, initial,
     token_start, token_end, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sort key of each list entry: its block, or `num_blocks` where the entry is unused or handled densely."""
     chunk = token_end - token_start
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pair = tl.program_id(1)
-    tokens = token_start + entries // num_listed
-    inside = entries < chunk * num_listed
+    tokens = token_start + entries // NUM_LISTED
+    inside = entries < chunk * NUM_LISTED
     first, last = token_interval(first_ptr, last_ptr, pair // H_kv, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
     low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
-    source = (pair.to(tl.int64) * T + token_start) * num_listed + entries
+    source = (pair.to(tl.int64) * T + token_start) * NUM_LISTED + entries
     block = tl.load(blocks_ptr + source, mask=inside, other=-1)
     used = routed(block, low, initial, SELECTION_BLOCK)
-    target = pair.to(tl.int64) * chunk * num_listed + entries
+    target = pair.to(tl.int64) * chunk * NUM_LISTED + entries
     tl.store(key_ptr + target, tl.where(used, block, num_blocks), mask=inside)
 
 
@@ -53,9 +60,9 @@ def attend_listed(
     query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, blocks_ptr, order_ptr, bounds_ptr,
     partial_ptr, partial_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    H_kv, T, S, num_blocks, num_listed, window, local_blocks, initial, token_start, token_end, scale_log2,
+    H_kv, T, S, num_blocks, window, local_blocks, initial, token_start, token_end, scale_log2,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_DENSE: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +79,8 @@ def attend_listed(
     if DIRECT:
         start = tl.program_id(0) // SUB
         end = start + 1
-        entry_token = token_start + start // num_listed
-        block = tl.load(blocks_ptr + (pair.to(tl.int64) * T + token_start) * num_listed + start)
+        entry_token = token_start + start // NUM_LISTED
+        block = tl.load(blocks_ptr + (pair.to(tl.int64) * T + token_start) * NUM_LISTED + start)
         entry_first, entry_last = token_interval(
             first_ptr, last_ptr, batch, entry_token, token_end, T, S, IS_CAUSAL, HAS_INTERVAL
         )
@@ -108,7 +115,7 @@ def attend_listed(
     rows = tl.arange(0, BLOCK_M)
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
     query_base = query_ptr + batch.to(tl.int64) * stride_qb
-    order = order_ptr + pair.to(tl.int64) * chunk * num_listed
+    order = order_ptr + pair.to(tl.int64) * chunk * NUM_LISTED
     for tile_start in range(start, end, pairs_per_tile):
         entries = tile_start + rows // GROUP_BLOCK
         used = (entries < end) & (rows < pairs_per_tile * GROUP_BLOCK)
@@ -116,8 +123,8 @@ def attend_listed(
             packed = entries
         else:
             packed = tl.load(order + entries, mask=used, other=0).to(tl.int32)
-        local = packed // num_listed
-        slot = packed % num_listed
+        local = packed // NUM_LISTED
+        slot = packed % NUM_LISTED
         tokens = token_start + local
         first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
         low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
@@ -140,7 +147,7 @@ def attend_listed(
             output = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
             output = output / tl.where(total > 0, total, 1.0)[:, None]
             lse = tl.where(total > 0, reference + tl.log2(total), float("-inf"))
-            row = ((batch.to(tl.int64) * chunk + local) * num_listed + slot) * SUB + sub
+            row = ((batch.to(tl.int64) * chunk + local) * NUM_LISTED + slot) * SUB + sub
             row = row * (H_kv * GROUP) + heads
             tl.store(
                 partial_ptr + row[:, None] * DV + dv[None, :], output.to(partial_ptr.dtype.element_ty),
@@ -155,9 +162,9 @@ def listed_gradient(
     partial_ptr, grad_key_ptr, grad_value_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gt,
-    H_kv, T, S, num_blocks, num_listed, window, local_blocks, token_start, token_end, scale, scale_log2,
+    H_kv, T, S, num_blocks, window, local_blocks, token_start, token_end, scale, scale_log2,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_DENSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -196,13 +203,13 @@ def listed_gradient(
     grad_value = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
     rows = tl.arange(0, BLOCK_M)
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    order = order_ptr + pair.to(tl.int64) * chunk * num_listed
+    order = order_ptr + pair.to(tl.int64) * chunk * NUM_LISTED
     for tile_start in range(start, end, pairs_per_tile):
         entries = tile_start + rows // GROUP_BLOCK
         used = (entries < end) & (rows < pairs_per_tile * GROUP_BLOCK)
         packed = tl.load(order + entries, mask=used, other=0).to(tl.int32)
-        local = packed // num_listed
-        slot = packed % num_listed
+        local = packed // NUM_LISTED
+        slot = packed % NUM_LISTED
         tokens = token_start + local
         first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
         low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
@@ -227,7 +234,7 @@ def listed_gradient(
             grad_logits = (weights * (grad_weights - delta[:, None])).to(key.dtype)
             grad_key = tl.dot(tl.trans(grad_logits), query, grad_key, input_precision=PRECISION)
             grad_query = tl.dot(grad_logits, key, input_precision=PRECISION) * scale
-            partial_row = ((batch.to(tl.int64) * chunk + local) * num_listed + slot) * SUB + sub
+            partial_row = ((batch.to(tl.int64) * chunk + local) * NUM_LISTED + slot) * SUB + sub
             partial_row = partial_row * (H_kv * GROUP) + heads
             tl.store(
                 partial_ptr + partial_row[:, None] * D + d[None, :], grad_query.to(partial_ptr.dtype.element_ty),
@@ -241,3 +248,103 @@ def listed_gradient(
     value_mask = stored[:, None] & (dv < DV)[None, :]
     tl.store(key_out, tl.load(key_out, mask=key_mask, other=0.0) + grad_key, mask=key_mask)
     tl.store(value_out, tl.load(value_out, mask=value_mask, other=0.0) + grad_value, mask=value_mask)
+
+
+@triton.jit
+def merge_outputs(
+    blocks_ptr, first_ptr, last_ptr, partial_ptr, partial_lse_ptr, output_ptr, lse_ptr,
+    H_kv, T, S, window, local_blocks, initial, token_start, token_end,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
+    NUM_LISTED: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
+):  # fmt: skip
+    """One softmax of partial outputs [B, token, slot·SUB + sub, H, DV] and, with HAS_DENSE, of what output and lse hold.
+
+    Rows are tokens x heads of a group.  Writes output [B, H, T, DV] and lse [B, H, T], natural logarithm.
+    """
+    tokens_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
+    pair = tl.program_id(1)
+    batch = pair // H_kv
+    rows = tl.arange(0, BLOCK_M)
+    local = tl.program_id(0) * tokens_per_tile + rows // GROUP_BLOCK
+    tokens = token_start + local
+    member = tl.program_id(2) * GROUP_BLOCK + rows % GROUP_BLOCK
+    stored = (tokens < token_end) & (rows < tokens_per_tile * GROUP_BLOCK) & (member < GROUP)
+    heads = (pair % H_kv) * GROUP + member
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
+    columns = tl.arange(0, BLOCK_DV)
+    wide = (columns < DV)[None, :]
+    H = H_kv * GROUP
+    target = (batch * H + heads).to(tl.int64) * T + tokens
+    if HAS_DENSE:
+        maximum = tl.load(lse_ptr + target, mask=stored, other=float("-inf")) * 1.4426950408889634
+        some = maximum > float("-inf")
+        total = tl.where(some, 1.0, 0.0)
+        accumulator = tl.load(output_ptr + target[:, None] * DV + columns[None, :], mask=some[:, None] & wide, other=0.0)
+        accumulator = accumulator.to(tl.float32)
+    else:
+        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    listed = blocks_ptr + (pair.to(tl.int64) * T + tokens) * NUM_LISTED
+    row = (batch.to(tl.int64) * (token_end - token_start) + local) * (NUM_LISTED * SUB)
+    for slot in tl.range(NUM_LISTED * SUB, num_stages=3):
+        block = tl.load(listed + slot // SUB, mask=stored, other=-1)
+        used = routed(block, low, initial, SELECTION_BLOCK)
+        offset = (row + slot) * H + heads
+        lse = tl.load(partial_lse_ptr + offset, mask=used, other=float("-inf"))
+        partial = tl.load(partial_ptr + offset[:, None] * DV + columns[None, :], mask=used[:, None] & wide, other=0.0)
+        new_maximum = tl.maximum(maximum, lse)
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        rescale = tl.exp2(maximum - reference)
+        weight = tl.exp2(lse - reference)
+        accumulator = accumulator * rescale[:, None] + partial.to(tl.float32) * weight[:, None]
+        total = total * rescale + weight
+        maximum = new_maximum
+    seen = total > 0
+    output = accumulator / tl.where(seen, total, 1.0)[:, None]
+    lse = tl.where(seen, (maximum + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    tl.store(
+        output_ptr + target[:, None] * DV + columns[None, :], output.to(output_ptr.dtype.element_ty),
+        mask=stored[:, None] & wide,
+    )  # fmt: skip
+    tl.store(lse_ptr + target, lse, mask=stored)
+
+
+@triton.jit
+def merge_query_gradients(
+    blocks_ptr, first_ptr, last_ptr, partial_ptr, grad_query_ptr,
+    H_kv, T, S, window, local_blocks, initial, token_start, token_end,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
+    NUM_LISTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
+):  # fmt: skip
+    """Sum of partial gradients [B, token, slot·SUB + sub, H, D] and, with HAS_DENSE, of what grad_query holds."""
+    tokens_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
+    pair = tl.program_id(1)
+    batch = pair // H_kv
+    rows = tl.arange(0, BLOCK_M)
+    local = tl.program_id(0) * tokens_per_tile + rows // GROUP_BLOCK
+    tokens = token_start + local
+    member = tl.program_id(2) * GROUP_BLOCK + rows % GROUP_BLOCK
+    stored = (tokens < token_end) & (rows < tokens_per_tile * GROUP_BLOCK) & (member < GROUP)
+    heads = (pair % H_kv) * GROUP + member
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
+    columns = tl.arange(0, BLOCK_D)
+    wide = (columns < D)[None, :]
+    H = H_kv * GROUP
+    target = ((batch * H + heads).to(tl.int64) * T + tokens)[:, None] * D + columns[None, :]
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_DENSE:
+        accumulator += tl.load(grad_query_ptr + target, mask=stored[:, None] & wide, other=0.0).to(tl.float32)
+    listed = blocks_ptr + (pair.to(tl.int64) * T + tokens) * NUM_LISTED
+    row = (batch.to(tl.int64) * (token_end - token_start) + local) * (NUM_LISTED * SUB)
+    for slot in tl.range(NUM_LISTED * SUB, num_stages=3):
+        block = tl.load(listed + slot // SUB, mask=stored, other=-1)
+        used = routed(block, low, initial, SELECTION_BLOCK)
+        offset = (row + slot) * H + heads
+        partial = tl.load(partial_ptr + offset[:, None] * D + columns[None, :], mask=used[:, None] & wide, other=0.0)
+        accumulator += partial.to(tl.float32)
+    tl.store(grad_query_ptr + target, accumulator.to(grad_query_ptr.dtype.element_ty), mask=stored[:, None] & wide)

@@ -7,12 +7,14 @@ the lists are known to hold them, else empty.  Work goes in chunks of queries, s
 chunk's queries stay in L2.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from nsa_compile.kernels.gpu import launch, listed
-from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry, ListedPartials
+from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
@@ -90,12 +92,18 @@ def _sub_block(selection_block: int) -> tuple[int, int]:
 def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool) -> dict[str, int]:
     """Rows (pairs x heads), heads handled together, warps and stages of the listed kernels."""
     width = max(triton.next_power_of_2(query.shape[-1]), triton.next_power_of_2(value.shape[-1]))
-    rows = 64 if query.element_size() > 2 or width > 128 or backward else 128
+    small = query.element_size() > 2 or width > 128 or not launch.is_hopper(query)
+    rows, warps, stages = (64, 4, 1) if small else (128, 8, 2) if backward else (64, 4, 3)
     group_block = min(group, rows)
     if direct:
         rows = max(16, triton.next_power_of_2(group_block))
-    warps = 4 if rows <= 64 else 8
-    return {"BLOCK_M": rows, "GROUP_BLOCK": group_block, "num_warps": warps, "num_stages": 2 if width <= 128 else 1}
+    return {"BLOCK_M": rows, "GROUP_BLOCK": group_block, "num_warps": warps, "num_stages": stages}
+
+
+def _merge_tile(group: int) -> dict[str, int]:
+    """Rows (tokens x heads), heads handled together and warps of the merging kernels."""
+    group_block = min(group, 64)
+    return {"BLOCK_M": max(16, triton.next_power_of_2(group_block)), "GROUP_BLOCK": group_block, "num_warps": 4}
 
 
 class _InvertedLists:
@@ -117,9 +125,9 @@ class _InvertedLists:
         constants = intervals.constants()
         del constants["HAS_VALID"]
         listed.route_entries[(triton.cdiv(keys.shape[-1], size), B * H_kv)](
-            block_indices, first, last, keys, T, geometry.num_tokens, num_blocks, n, H_kv, geometry.window,
+            block_indices, first, last, keys, T, geometry.num_tokens, num_blocks, H_kv, geometry.window,
             geometry.local_blocks, geometry.initial, start, end, HAS_DENSE=not geometry.empty,
-            SELECTION_BLOCK=geometry.selection_block, BLOCK=size, **constants,
+            SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, BLOCK=size, **constants,
         )  # fmt: skip
         ordered, self.order = keys.sort(dim=-1, stable=True)
         edges = torch.arange(num_blocks + 1, dtype=torch.int32, device=keys.device).expand(B, H_kv, -1).contiguous()
@@ -132,6 +140,34 @@ def _chunks(query: Tensor, width: int, slots: int) -> list[tuple[int, int]]:
     per_token = max(1, B * H * slots * width * query.element_size())
     size = max(256, PARTIAL_BYTES // per_token // 256 * 256)
     return [(start, min(start + size, T)) for start in range(0, T, size)]
+
+
+def _merge(
+    kernel: Any,
+    block_indices: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    tokens: tuple[int, int],
+    sub: int,
+    constants: dict[str, Any],
+    *tensors: Tensor,
+    **widths: int,
+) -> None:
+    """Launches a merging kernel over the tokens [start, end): rows are tokens x heads of a group."""
+    B, H_kv, T, n = block_indices.shape
+    group = constants["GROUP"]
+    tile = _merge_tile(group)
+    group_block = tile["GROUP_BLOCK"]
+    first, last, _ = intervals.pointers(block_indices)
+    grid = (triton.cdiv(tokens[1] - tokens[0], tile["BLOCK_M"] // group_block), B * H_kv, triton.cdiv(group, group_block))
+    if grid[1] == 0:
+        return
+    kernel[grid](
+        block_indices, first, last, *tensors,
+        H_kv, T, geometry.num_tokens, geometry.window, geometry.local_blocks, geometry.initial, *tokens,
+        GROUP=group, SUB=sub, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, IS_CAUSAL=intervals.is_causal, HAS_INTERVAL=intervals.first is not None,
+        HAS_DENSE=not geometry.empty, **tile, **widths,
+    )  # fmt: skip
 
 
 def listed_forward(
@@ -154,6 +190,8 @@ def listed_forward(
     block_size, sub = _sub_block(geometry.selection_block)
     num_blocks = triton.cdiv(S, geometry.selection_block)
     constants = launch.head_constants(query, key, value)
+    if not geometry.empty:
+        launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
     for start, end in _chunks(query, DV, n * sub):
@@ -171,14 +209,14 @@ def listed_forward(
             listed.attend_listed[grid](
                 query, key, value, *intervals.pointers(query), block_indices, order, bounds, partial, partial_lse,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-                H_kv, T, S, num_blocks, n, geometry.window, geometry.local_blocks, geometry.initial, start, end,
+                H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, geometry.initial, start, end,
                 scale * launch.LOG2_E,
-                SPLIT=SPLIT, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block,
+                SPLIT=SPLIT, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
                 HAS_DENSE=not geometry.empty, DIRECT=direct, **constants, **intervals.constants(), **tile,
             )  # fmt: skip
-        launch.flash_forward(
-            query, key, value, intervals, geometry, scale, output, lse, (start, end),
-            ListedPartials(block_indices, partial, partial_lse, sub),
+        _merge(
+            listed.merge_outputs, block_indices, intervals, geometry, (start, end), sub, constants,
+            partial, partial_lse, output, lse, DV=DV, BLOCK_DV=constants["BLOCK_DV"],
         )  # fmt: skip
     return output, lse
 
@@ -208,6 +246,8 @@ def listed_backward(
     block_size, sub = _sub_block(geometry.selection_block)
     num_blocks = triton.cdiv(S, geometry.selection_block)
     constants = launch.head_constants(query, key, value)
+    if not geometry.empty:
+        launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
     for start, end in _chunks(query, D, n * sub):
         partial = query.new_empty((B, end - start, n * sub, H, D))
@@ -217,14 +257,14 @@ def listed_backward(
                 query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds, grad, lse, delta,
                 partial, grad_key, grad_value,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
-                H_kv, T, S, num_blocks, n, geometry.window, geometry.local_blocks, start, end,
+                H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, start, end,
                 scale, scale * launch.LOG2_E,
-                SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block,
+                SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
                 HAS_DENSE=not geometry.empty, **constants, **intervals.constants(), **tile,
             )  # fmt: skip
-        launch.flash_query_gradient(
-            query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query, (start, end),
-            ListedPartials(block_indices, partial, None, sub),
+        _merge(
+            listed.merge_query_gradients, block_indices, intervals, geometry, (start, end), sub, constants,
+            partial, grad_query, D=D, BLOCK_D=constants["BLOCK_D"],
         )  # fmt: skip
     if geometry.empty:
         return grad_query, (grad_key * scale).to(key.dtype), grad_value.to(value.dtype)

@@ -141,6 +141,20 @@ def top_blocks(
     tl.store(output_ptr + target, chosen, mask=slots < NUM_SELECTED)
 
 
+def _score_tile(query: Tensor, columns_per_block: int) -> dict[str, int]:
+    """Tile of `block_scores`: tokens, compressed tokens, warps and stages."""
+    if query.element_size() == 2 and query.shape[-1] <= 128:
+        rows, columns, warps, stages = 64, 128, 4, 2
+    else:
+        rows, columns, warps, stages = 32, 32, 4, 1
+    return {"BLOCK_M": rows, "BLOCK_N": max(columns_per_block, columns), "num_warps": warps, "num_stages": stages}
+
+
+def _top_warps(width: int) -> int:
+    """Warps of `top_blocks` for a row of `width` blocks."""
+    return 1 if width <= 1024 else 4
+
+
 def select_blocks(
     query: Tensor,
     compressed_key: Tensor,
@@ -184,9 +198,8 @@ def select_blocks(
     heads = launch.head_constants(query, compressed_key, compressed_key)
     per_block = selection_block // block_stride
     block_r = triton.next_power_of_2(per_block)
-    wide = query.element_size() == 2 and heads["BLOCK_D"] <= 128
-    columns = max(block_r, 128 if wide else 32)
-    rows = 64 if wide else 32
+    tile = _score_tile(query, block_r)
+    rows, columns = tile["BLOCK_M"], tile["BLOCK_N"]
     if block_valid is not None:
         valid = block_valid.contiguous().view(torch.uint8)
         count = torch.nn.functional.pad(valid.cumsum(-1, dtype=torch.int32), (1, 0))
@@ -207,8 +220,7 @@ def select_blocks(
                 *query.stride()[:3], *compressed_key.stride()[:3],
                 H_kv, T, num_keys, N, num_blocks, start, end, scale * launch.LOG2_E,
                 GROUP=heads["GROUP"], LENGTH=block_length, STRIDE=block_stride, PER_BLOCK=per_block, BLOCK_R=block_r,
-                D=heads["D"], BLOCK_D=heads["BLOCK_D"], BLOCK_M=rows, BLOCK_N=columns, PRECISION=heads["PRECISION"],
-                num_warps=4, num_stages=3 if wide else 1, **constants,
+                D=heads["D"], BLOCK_D=heads["BLOCK_D"], PRECISION=heads["PRECISION"], **tile, **constants,
             )  # fmt: skip
         width = triton.next_power_of_2(num_blocks)
         if is_causal and first_key is None:
@@ -219,6 +231,6 @@ def select_blocks(
             NUM_SELECTED=num_selected, NUM_INITIAL=num_initial, NUM_LOCAL=num_local,
             SLOTS=triton.next_power_of_2(num_selected), WIDTH=width,
             IS_CAUSAL=is_causal, HAS_INTERVAL=first_key is not None, HAS_VALID=block_valid is not None,
-            num_warps=1 if width <= 1024 else 4,
+            num_warps=_top_warps(width),
         )  # fmt: skip
     return output

@@ -1,0 +1,66 @@
+"""Compiles what the launchers would launch on a GPU, for a chosen GPU, on a machine that has none.
+
+The launch code runs as it is, on CPU tensors; each kernel call compiles to machine code instead of running.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+# Bytes of shared memory that one program may have.
+SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}
+
+
+@dataclasses.dataclass
+class CompiledKernel:
+    """One compiled kernel: its name, shared memory in bytes, and whether it uses Hopper's matrix instructions."""
+
+    name: str
+    shared: int
+    warpgroup_mma: bool
+
+
+class _Driver:
+    """What Triton's compiler asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compile_only(capability: int) -> Iterator[list[CompiledKernel]]:
+    """Within the context every Triton launch compiles for `sm_<capability>`; yields what was compiled."""
+    compiled: list[CompiledKernel] = []
+    run = JITFunction.run
+
+    def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        assembly = kernel.asm["ptx"]
+        compiled.append(CompiledKernel(self.__name__, kernel.metadata.shared, "wgmma" in assembly))
+
+    driver = triton.runtime.driver
+    with contextlib.ExitStack() as stack:
+        fake = _Driver(capability)
+        for name in ("_active", "_default"):
+            stack.enter_context(mock.patch.object(driver, name, fake, create=True))
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_instead))
+        yield compiled

@@ -1,0 +1,89 @@
+"""Runs the Triton kernels in Triton's interpreter and prints, a JSON line a case, how far they are from the reference.
+
+A process of its own: TRITON_INTERPRET must be set before a kernel is defined.  Run by test_interpreter.py.
+"""
+
+import json
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+from nsa_compile.kernels import reference
+from nsa_compile.kernels.compression import mean_compress
+from nsa_compile.kernels.gpu import compressed, joint, selected, selection, window
+
+SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
+# name: B, H, H_kv, T, S, D, D_v, dtype, visibility, bytes of partial outputs (small: several chunks, inverted lists)
+CASES = {
+    "causal": (1, 4, 2, 70, 70, 16, 16, torch.float32, "causal", 1 << 30),
+    "causal_chunks": (1, 6, 2, 90, 90, 16, 16, torch.float32, "causal", 1),
+    "intervals": (2, 3, 1, 50, 81, 32, 16, torch.float32, "intervals", 1),
+    "padded": (1, 4, 4, 33, 63, 24, 40, torch.float32, "padded", 1 << 30),
+    "more_queries_than_keys": (1, 2, 1, 60, 30, 16, 16, torch.float32, "causal", 1),
+    "one_query": (2, 4, 2, 1, 77, 16, 16, torch.float32, "intervals", 1 << 30),
+    "float16": (1, 4, 1, 64, 64, 16, 16, torch.float16, "causal", 1),
+}
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative error, or the absolute one where that is smaller than rounding; NaN counts as infinite."""
+    difference = (actual.double() - expected).norm()
+    if difference < 1e-6:
+        return 0.0
+    value = (difference / expected.norm().clamp_min(1e-30)).item()
+    return value if value == value else float("inf")
+
+
+def run(B: int, H: int, H_kv: int, T: int, S: int, D: int, DV: int, dtype: torch.dtype, visibility: str, limit: int) -> dict:
+    torch.manual_seed(torch.seed() % 2**31)
+    selected.PARTIAL_BYTES = limit
+    selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
+    query = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2)
+    key, value = (torch.randn(B, S, H_kv, size, dtype=dtype).transpose(1, 2) for size in (D, DV))
+    scale, compression = D**-0.5, SIZES["compression"]
+    sight: dict = {}
+    if visibility != "causal":
+        last = torch.randint(0, S, (B, T), dtype=torch.int32)
+        sight = {"last_key": last, "first_key": last - torch.randint(-3, S, (B, T), dtype=torch.int32)}
+    if visibility == "padded":
+        sight["key_valid"] = torch.rand(B, S) > 0.1
+    first, last, valid = sight.get("first_key"), sight.get("last_key"), sight.get("key_valid")
+    errors: dict[str, float] = {}
+    grad = torch.randn(B, H, T, DV, dtype=dtype)
+
+    def compare(name: str, module, tensors: tuple[Tensor, ...], key_valid: Tensor | None, attributes: dict, extra: dict) -> None:
+        arguments = (*tensors, first, last, key_valid)
+        output, lse = getattr(module, name)(*arguments, **attributes)
+        double = [each.detach().double().requires_grad_() for each in tensors[:3]]
+        expected, expected_lse = getattr(reference, name)(*double, *tensors[3:], scale=scale, **extra, **sight)
+        errors[name] = error(output, expected)
+        errors[f"{name} lse"] = error(lse.exp(), expected_lse.exp())
+        gradients = getattr(module, f"{name}_backward")(grad, *arguments, output, lse, **attributes)
+        for letter, one, other in zip("qkv", gradients, torch.autograd.grad(expected, double, grad.double()), strict=True):
+            errors[f"{name} grad {letter}"] = error(one, other)
+
+    base = {"is_causal": True, "scale": scale}
+    compressed_key, compressed_value = mean_compress(key, **compression), mean_compress(value, **compression)
+    whole = None if valid is None else valid.unfold(1, 8, 4).all(-1)
+    numbers = {**compression, "num_keys": S}
+    compare("compressed_attention", compressed, (query, compressed_key, compressed_value), whole, base | numbers, numbers)
+    compare("window_attention", window, (query, key, value), valid, {**base, "window": 20}, {"window": 20})
+    choice = {"selection_block": 16, "num_selected": 4, "num_initial": 1, "num_local": 2}
+    lists = reference.select_blocks(query, compressed_key, scale=scale, **numbers, **choice, **sight)
+    if valid is None:
+        chosen = selection.select_blocks(query, compressed_key, None, first, last, None, None, **base, **numbers, **choice)
+        errors["select_blocks"] = float((chosen != lists).float().mean())
+    forced = {"num_initial": 1, "num_local": 2}
+    blocks = {"selection_block": 16}
+    compare("selected_attention", selected, (query, key, value, lists), valid, {**base, **blocks, **forced}, blocks)
+    both = {**blocks, "window": 20}
+    compare("joint_attention", joint, (query, key, value, lists), valid, {**base, **both, **forced}, both)
+    return errors
+
+
+if __name__ == "__main__":
+    for name, case in CASES.items():
+        print(json.dumps({"case": name, "errors": run(*case)}), flush=True)
