@@ -6,13 +6,15 @@ from nsa_compile.config import NSAConfig
 from nsa_compile.errors import CompressionError, ConfigError
 from nsa_compile.kernels import operators as _register_operators  # noqa: F401  (importing registers torch.ops.nsa)
 
+_DEFAULT = NSAConfig()
+
 
 def nsa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    config: NSAConfig = NSAConfig(),
+    config: NSAConfig = _DEFAULT,
     gates: Tensor | None = None,
     compressed_key: Tensor | None = None,
     compressed_value: Tensor | None = None,
@@ -55,7 +57,9 @@ def nsa_attention(
     Reference: arXiv 2502.11089, section 3.
     """
     if not isinstance(config, NSAConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; give an NSAConfig, such as NSAConfig(num_selected=32).")
+        raise ConfigError(
+            f"config is a {type(config).__name__}; give an NSAConfig, such as NSAConfig(num_selected=32)."
+        )
     if config.compression != "mean" and compressed_key is None:
         raise CompressionError(
             f"compression={config.compression!r} has learned parts; give compressed_key and compressed_value, "

@@ -1,13 +1,14 @@
 """The reference against loops over single queries and keys, written from nsa.md's definitions and nothing else."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from nsa_compile.kernels import reference
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "block_length": 4,
     "block_stride": 2,
     "selection_block": 6,
