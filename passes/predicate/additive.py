@@ -4,11 +4,8 @@ import sympy
 
 from nsa_compile.passes.predicate.formula import (
     FALSE,
-    And,
-    Atom,
     Cases,
     Formula,
-    Relation,
     disjunction,
 )
 
@@ -24,21 +21,9 @@ def unbiased(cases: Cases) -> tuple[Formula, sympy.Expr | None]:
         The formula of the visible keys, and the first bias that is neither 0 nor hides a key (None: there is none).
     """
     allowed = FALSE
-    for condition, expression in cases:
-        bias = _under(condition, expression)
+    for condition, bias in cases:
         if bias == 0:
             allowed = disjunction(allowed, condition)
         elif not (bias.is_number and bias.is_extended_real and bias <= MASKED_BELOW):
             return FALSE, bias
     return allowed, None
-
-
-def _under(condition: Formula, expression: sympy.Expr) -> sympy.Expr:
-    """The expression where the condition holds: with `e = 0` known, `e + c` is `c`."""
-    for part in condition.operands if isinstance(condition, And) else (condition,):
-        if isinstance(part, Atom) and part.relation is Relation.EQUAL:
-            for sign in (1, -1):
-                rest = sympy.expand(expression + sign * part.expression)
-                if rest.is_number:
-                    return rest
-    return expression

@@ -103,6 +103,8 @@ def _connect(formulas: Iterable[Formula], same: type, dual: type) -> Formula:
             flat[part] = None
     if dual() in flat:
         return dual()
+    if len(flat) > 1:
+        flat = _strongest(flat) if same is And else _weakest(flat)
     literals = [part for part in flat if isinstance(part, (Atom, Not))]
     if len(flat) > 1:
         opposite = {negation(literal) for literal in literals}
@@ -119,7 +121,46 @@ def _connect(formulas: Iterable[Formula], same: type, dual: type) -> Formula:
                     return _connect([*(p for p in flat if p is not part), rebuilt], same, dual)
             kept[part] = None
         flat = kept
+    if same is Or and len(flat) > 1:
+        # (a ∧ b) ∨ (a ∧ c) is a ∧ (b ∨ c): what all disjuncts say stays a conjunct.
+        parts = [part.operands if isinstance(part, And) else (part,) for part in flat]
+        common = [operand for operand in parts[0] if all(operand in other for other in parts[1:])]
+        if common:
+            rest = (conjunction(*(operand for operand in part if operand not in common)) for part in parts)
+            return conjunction(*common, disjunction(*rest))
     return next(iter(flat)) if len(flat) == 1 else same(tuple(flat))
+
+
+def _limits(parts: Iterable[Formula]) -> dict[sympy.Expr, list[tuple[sympy.Expr, Atom]]]:
+    """The atoms `r + c ≤ 0` among the parts, by their `r`, with their numbers `c`."""
+    found: dict[sympy.Expr, list[tuple[sympy.Expr, Atom]]] = {}
+    for part in parts:
+        if isinstance(part, Atom) and part.relation is Relation.AT_MOST:
+            constant, rest = part.expression.as_coeff_Add()
+            found.setdefault(rest, []).append((constant, part))
+    return found
+
+
+def _strongest(parts: dict[Formula, None]) -> dict[Formula, None]:
+    """Of conjuncts that limit the same expression, the tightest."""
+    for limits in _limits(parts).values():
+        tightest = max(limits, key=lambda limit: limit[0])[1]
+        parts = {part: None for part in parts if part is tightest or not any(part is atom for _, atom in limits)}
+    return parts
+
+
+def _weakest(parts: dict[Formula, None]) -> dict[Formula, None]:
+    """Of disjuncts that limit the same expression, the loosest; `e < 0` or `e = 0` is `e ≤ 0`."""
+    for limits in _limits(parts).values():
+        loosest = min(limits, key=lambda limit: limit[0])[1]
+        parts = {part: None for part in parts if part is loosest or not any(part is atom for _, atom in limits)}
+        for part in list(parts):
+            touches = isinstance(part, Atom) and part.relation is Relation.EQUAL
+            if touches and loosest.expression - 1 in (part.expression, -part.expression):
+                parts = {other: None for other in parts if other is not part and other is not loosest}
+                parts[Atom(Relation.AT_MOST, loosest.expression - 1)] = None
+                break
+    return parts
 
 
 def if_else(condition: Formula, then: Formula, otherwise: Formula) -> Formula:
@@ -300,14 +341,26 @@ def make_cases(pairs: Iterable[tuple[Formula, sympy.Expr]]) -> Cases:
         UnknownError: there are too many cases to reason about.
     """
     merged: dict[sympy.Expr, Formula] = {}
-    for condition, expression in pairs:
+    for condition, given in pairs:
         if condition != FALSE:
+            expression = given if given.is_number else _under(condition, given)
             merged[expression] = disjunction(merged[expression], condition) if expression in merged else condition
     if len(merged) > _MOST_CASES:
         raise UnknownError("its value depends on too many conditions")
     if len(merged) == 1:
         return ((TRUE, next(iter(merged))),)
     return tuple((condition, expression) for expression, condition in merged.items())
+
+
+def _under(condition: Formula, expression: sympy.Expr) -> sympy.Expr:
+    """The expression where the condition holds: with `e = 0` known, `e + c` is `c`."""
+    for part in condition.operands if isinstance(condition, And) else (condition,):
+        if isinstance(part, Atom) and part.relation is Relation.EQUAL:
+            for sign in (1, -1):
+                rest = sympy.expand(expression + sign * part.expression)
+                if rest.is_number:
+                    return rest
+    return expression
 
 
 def formula_of(value: Value) -> Formula:

@@ -6,7 +6,7 @@ followed becomes data (`Leaf`): it blocks a proof only where the mask depends on
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from nsa_compile.passes.predicate import (
 )
 from nsa_compile.passes.predicate.constants import abstract_constant
 from nsa_compile.passes.predicate.formula import UnknownError, size_of
-from nsa_compile.passes.predicate.operations import Call, Operation, as_tensor, bind, find_operation
+from nsa_compile.passes.predicate.operations import Call, Operation, as_tensor, bind, find_operation, maker_of_item
 from nsa_compile.passes.predicate.tensor import (
     AbstractTensor,
     Leaf,
@@ -67,6 +67,7 @@ class Interpreter:
         self._values: dict[Source, AbstractTensor] = {}
         self._writes: dict[fx.Graph, Writes] = {}
         self._leaves: dict[str, Leaf] = {}
+        self._equal: dict[tuple[Hashable, fx.GraphModule], Leaf] = {}
 
     def leaf(self, name: str) -> Leaf:
         """The leaf whose function has this name."""
@@ -88,17 +89,25 @@ class Interpreter:
         root = self._source(node, scope, self.writes(scope).position(reader))
         if not isinstance(root, Source):
             return as_tensor(root)
+        needed: set[Source] = set()
         pending = [root]
         while pending:
-            current = pending[-1]
-            missing = [] if current in self._values else [n for n in self._needs(current) if n not in self._values]
-            if missing:
-                pending.extend(missing)
-                continue
-            if current not in self._values:
-                self._values[current] = self._compute(current)
-            pending.pop()
+            current = pending.pop()
+            if current not in needed and current not in self._values:
+                needed.add(current)
+                pending.extend(self._needs(current))
+        for source in sorted(needed, key=self._order):
+            self._values[source] = self._compute(source)
         return self._values[root]
+
+    def _order(self, source: Source) -> tuple[int, ...]:
+        """Place in the program, through the calls that lead to a body."""
+        node, scope = source.node, source.scope
+        order = [self.writes(scope).position(node)]
+        while scope.parent is not None and scope.calls:
+            order.insert(0, self.writes(scope.parent).position(scope.calls[0]))
+            scope = scope.parent
+        return tuple(order)
 
     def _source(self, node: fx.Node, scope: Scope, place: int) -> Any:
         """The `Source` of what is read from `node` before `place`, followed out of bodies; or a constant."""
@@ -126,13 +135,15 @@ class Interpreter:
         operation = None if source.stale else self._operation(source.node)
         if operation is None or not operation.reads:
             return []
-        needs = [self._read(argument, source) for argument in source.node.all_input_nodes]
+        reading = maker_of_item(source.node) or source.node
+        needs = [self._read(argument, source) for argument in reading.all_input_nodes]
         return [need for need in needs if isinstance(need, Source)]
 
     def _read(self, argument: fx.Node, source: Source) -> Any:
         """What the source's node reads from an argument: a `Source`, an expression, or None where it is no number."""
         if tensor_of(argument) is not None:
-            return self._source(argument, source.scope, self.writes(source.scope).position(source.node))
+            reading = maker_of_item(source.node) or source.node
+            return self._source(argument, source.scope, self.writes(source.scope).position(reading))
         value = recorded_value(argument)
         if isinstance(value, torch.SymInt):
             return size_expression(value)
@@ -160,8 +171,7 @@ class Interpreter:
             leaf=self.leaf,
         )
         try:
-            arguments = bind(operation.handler, node) if operation.reads else {}
-            value = operation.handler(call, **{k: self._argument(a, source) for k, a in arguments.items()})
+            value = self._apply(operation, call, source)
             if size_of(value.value) > _LARGEST:
                 raise UnknownError("its value depends on too many conditions")
         except UnknownError as error:
@@ -170,6 +180,15 @@ class Interpreter:
             # Arguments of a kind that the handler was not written for; the result is data then.
             return leaf_tensor(self._make_leaf(source, f"its arguments cannot be followed ({error})"))
         return value
+
+    def _apply(self, operation: Operation, call: Call, source: Source) -> AbstractTensor:
+        """Runs an operation's handler on the abstract values of the arguments."""
+        if not operation.reads:
+            return operation.handler(call)
+        bound = bind(operation.handler, call)
+        for name, argument in bound.arguments.items():
+            bound.arguments[name] = self._argument(argument, source)
+        return operation.handler(*bound.args, **bound.kwargs)
 
     def _argument(self, argument: Any, source: Source) -> Any:
         """An argument of a node as handlers take it."""
@@ -189,8 +208,19 @@ class Interpreter:
         tensor = self._read_constant(source.node, source.scope)
         return None if tensor is None else abstract_constant(tensor)
 
-    def _make_leaf(self, source: Source, cause: str, sorted_axis: int | None = None, run: Run | None = None) -> Leaf:
+    def _make_leaf(
+        self,
+        source: Source,
+        cause: str,
+        sorted_axis: int | None = None,
+        run: Run | None = None,
+        same_as: Hashable = None,
+    ) -> Leaf:
         node = source.node
+        known = self._equal.get((same_as, source.scope.graph_module)) if same_as is not None else None
+        writes = self.writes(source.scope)
+        if known is not None and writes.position(known.written_by) < writes.position(node):
+            return known
         result = _result(node)
         if result is None:
             raise UnknownError("it makes no tensor")
@@ -209,6 +239,7 @@ class Interpreter:
             stale=source.stale,
         )
         self._leaves[name] = leaf
+        self._equal[same_as, source.scope.graph_module] = leaf
         return leaf
 
 

@@ -9,13 +9,14 @@ its kind.
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from nsa_compile.passes.metadata import recorded_value
 from nsa_compile.passes.predicate.formula import UnknownError
 from nsa_compile.passes.predicate.tensor import AbstractTensor, Leaf, Run, leaf_tensor, scalar
 from nsa_compile.passes.predicate.writes import target_name
@@ -39,9 +40,18 @@ class Call:
     make_leaf: Callable[..., Leaf]
     leaf: Callable[[str], Leaf]
 
-    def data(self, cause: str, sorted_axis: int | None = None, run: Run | None = None) -> AbstractTensor:
-        """The result as data about which no more is known than what is given."""
-        return leaf_tensor(self.make_leaf(cause, sorted_axis=sorted_axis, run=run))
+    def data(
+        self, cause: str, sorted_axis: int | None = None, run: Run | None = None, same_as: Hashable = None
+    ) -> AbstractTensor:
+        """The result as data about which no more is known than what is given.
+
+        Args:
+            cause: why it is data.
+            sorted_axis: the dimension along which it never decreases.
+            run: what equal values say.
+            same_as: calls with equal `same_as` make equal data.
+        """
+        return leaf_tensor(self.make_leaf(cause, sorted_axis=sorted_axis, run=run, same_as=same_as))
 
 
 Handler = Callable[..., AbstractTensor]
@@ -105,7 +115,13 @@ def operation(*names: str, reads: bool = True) -> Callable[[Handler], Handler]:
 
 
 def find_operation(node: fx.Node) -> Operation | None:
-    """The table's entry for what the node calls, in-place forms included; None where there is none."""
+    """The table's entry for what the node calls, in-place forms included; None where there is none.
+
+    An item of a call that returns several tensors is one operation, whose first argument is the item's number.
+    """
+    maker = maker_of_item(node)
+    if maker is not None:
+        return OPERATIONS.get(f"item of {target_name(maker)}")
     name = target_name(node)
     module = getattr(node.target, "__module__", "")
     if name.startswith("__") and name.endswith("__"):
@@ -118,19 +134,27 @@ def find_operation(node: fx.Node) -> Operation | None:
     return OPERATIONS.get(name)
 
 
-def bind(handler: Handler, node: fx.Node) -> dict[str, Any]:
-    """The node's arguments under the names of the handler's parameters.
+def maker_of_item(node: fx.Node) -> fx.Node | None:
+    """The call that returns several tensors, for a node that picks one of them."""
+    if target_name(node) != "getitem" or not isinstance(node.args[0], fx.Node) or not isinstance(node.args[1], int):
+        return None
+    return node.args[0] if isinstance(recorded_value(node.args[0]), (tuple, list)) else None
+
+
+def bind(handler: Handler, call: Call) -> inspect.BoundArguments:
+    """The call and its node's arguments, bound to the handler's parameters.
 
     Raises:
         UnknownError: the handler does not know an argument.
     """
-    kwargs = {("input" if key == "self" else key): value for key, value in node.kwargs.items() if key not in _IGNORED}
+    node = call.node
+    maker = maker_of_item(node)
+    called, item = (node, ()) if maker is None else (maker, (node.args[1],))
+    kwargs = {("input" if key == "self" else key): value for key, value in called.kwargs.items() if key not in _IGNORED}
     try:
-        arguments = inspect.signature(handler).bind(None, *node.args, **kwargs)
+        return inspect.signature(handler).bind(call, *item, *called.args, **kwargs)
     except TypeError as error:
         raise UnknownError(f"it is called in a way that the prover does not know ({error})") from None
-    arguments.apply_defaults()
-    return dict(list(arguments.arguments.items())[1:])
 
 
 def as_tensor(value: Any) -> AbstractTensor:

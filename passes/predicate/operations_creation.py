@@ -218,11 +218,11 @@ def _assigned(
         if isinstance(place, slice):
             if place.step not in (None, 1):
                 raise UnknownError("it assigns to a slice with a step")
-            low = slice_start(place.start, size)
+            low = slice_start(place, size)
             if place.start is not None:
                 conditions.append(compare(">=", here, low))
             if place.stop is not None:
-                conditions.append(compare("<", here, slice_start(place.stop, size)))
+                conditions.append(compare("<", here, slice_start(slice(place.stop, None), size)))
             region.append(here - low)
         elif isinstance(place, (bool, AbstractTensor)) or place is None:
             raise UnknownError("it assigns through an index that the prover does not follow")

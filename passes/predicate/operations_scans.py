@@ -65,7 +65,8 @@ def _cumsum(call: Call, input: Any, dim: Any, dtype: Any = None) -> AbstractTens
     if here not in value_symbols(cases):
         return make_tensor(call.shape, call.dtype, combine(lambda x: sympy.expand(x * (here + 1)), cases))
     grows = all(expression.is_nonnegative for _, expression in cases)
-    return call.data("it adds up data", along if grows else None, _run(tensor, along))
+    same_as = ("cumsum", tensor.shape, tensor.value, along, call.dtype)
+    return call.data("it adds up data", along if grows else None, _run(tensor, along), same_as)
 
 
 def _run(tensor: AbstractTensor, along: int) -> Run | None:
@@ -90,20 +91,23 @@ def _run(tensor: AbstractTensor, along: int) -> Run | None:
 
 
 @operation("searchsorted")
-def _searchsorted(call: Call, sorted_sequence: Any, input: Any, **_: Any) -> AbstractTensor:
-    return _looked_up(call, as_tensor(sorted_sequence), as_tensor(input))
+def _searchsorted(call: Call, sorted_sequence: Any, input: Any, **options: Any) -> AbstractTensor:
+    return _looked_up(call, as_tensor(sorted_sequence), as_tensor(input), options)
 
 
 @operation("bucketize")
-def _bucketize(call: Call, input: Any, boundaries: Any, **_: Any) -> AbstractTensor:
-    return _looked_up(call, as_tensor(boundaries), as_tensor(input))
+def _bucketize(call: Call, input: Any, boundaries: Any, **options: Any) -> AbstractTensor:
+    return _looked_up(call, as_tensor(boundaries), as_tensor(input), options)
 
 
-def _looked_up(call: Call, boundaries: AbstractTensor, values: AbstractTensor) -> AbstractTensor:
+def _looked_up(
+    call: Call, boundaries: AbstractTensor, values: AbstractTensor, options: dict[str, Any]
+) -> AbstractTensor:
     """A binary search never gives a smaller place for a larger value, whatever the boundaries are."""
     along = len(call.shape) - 1
     cases = cases_of(values.value)
     if along < 0 or boundaries.rank > 1 or len(cases) != 1 or values.rank != len(call.shape):
         raise UnknownError("the prover does not follow this look-up")
     grows = never_decreases(cases[0][1], axis(along), lambda name: call.leaf(name).sorted_axis)
-    return call.data("it looks up data", along if grows else None)
+    same_as = ("look-up", boundaries.shape, boundaries.value, values.shape, values.value, tuple(options.items()))
+    return call.data("it looks up data", along if grows else None, same_as=same_as)

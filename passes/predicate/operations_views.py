@@ -11,6 +11,9 @@ from nsa_compile.passes.predicate.formula import UnknownError, substitute_value
 from nsa_compile.passes.predicate.operations import Call, as_size, as_tensor, dimension, operation
 from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, axis, make_tensor, rearrange
 
+# Exported graphs write "to the end" as the largest 64-bit integer.
+_LONGEST = 1 << 62
+
 
 def insert_axis(tensor: AbstractTensor, place: int) -> AbstractTensor:
     """Inserts a dimension of size 1."""
@@ -49,6 +52,15 @@ def _transpose(call: Call, input: Any, dim0: Any, dim1: Any) -> AbstractTensor:
 def _matrix_transpose(call: Call, input: Any) -> AbstractTensor:
     tensor = as_tensor(input)
     return _transpose(call, tensor, -2, -1) if tensor.rank > 1 else tensor
+
+
+@operation("getattr")
+def _attribute(call: Call, input: Any, name: Any) -> AbstractTensor:
+    if name in ("T", "mT", "H", "mH"):
+        return _matrix_transpose(call, input)
+    if name == "data":
+        return as_tensor(input)
+    raise UnknownError(f"the prover does not know the attribute {name!r}")
 
 
 @operation("view", "reshape", "_unsafe_view", "squeeze", "flatten", "unflatten", "view_as", "reshape_as")
@@ -112,38 +124,46 @@ def _flip(call: Call, input: Any, *dims: Any) -> AbstractTensor:
 
 @operation("narrow")
 def _narrow(call: Call, input: Any, dim: Any, start: Any, length: Any) -> AbstractTensor:
-    del length
-    return _sliced(call, as_tensor(input), dim, start, 1)
+    return _sliced(call, as_tensor(input), dim, slice(start, as_size(start) + as_size(length)))
 
 
 @operation("slice")
 def _slice(call: Call, input: Any, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> AbstractTensor:
-    del end
-    return _sliced(call, as_tensor(input), dim, start, step)
+    open_ended = isinstance(end, int) and end > _LONGEST
+    return _sliced(call, as_tensor(input), dim, slice(start, None if open_ended else end, step))
 
 
-def _sliced(call: Call, tensor: AbstractTensor, dim: Any, start: Any, step: Any) -> AbstractTensor:
+def _sliced(call: Call, tensor: AbstractTensor, dim: Any, place: slice) -> AbstractTensor:
     along = dimension(dim, tensor.rank)
     index: list[sympy.Expr] = [axis(k) for k in range(tensor.rank)]
-    index[along] = slice_start(start, tensor.shape[along]) + as_size(step) * axis(along)
+    step = 1 if place.step is None else as_size(place.step)
+    index[along] = slice_start(place, tensor.shape[along], call.shape[along]) + step * axis(along)
     return rearrange(tensor, call.shape, index)
 
 
-def slice_start(start: Any, size: sympy.Expr) -> sympy.Expr:
+def slice_start(place: slice, size: sympy.Expr, length: sympy.Expr | None = None) -> sympy.Expr:
     """Where a slice begins, counted from the front.
+
+    Args:
+        place: the slice.
+        size: of the dimension that is sliced.
+        length: of the result, where it is known: it tells apart starts that count from the front or from the back.
 
     Raises:
         UnknownError: it is not known whether the start counts from the back.
     """
-    if start is None:
+    if place.start is None:
         return ZERO
-    first = as_size(start)
+    first = as_size(place.start)
     if first.is_nonnegative:
         return first
-    if not first.is_negative:
-        raise UnknownError(f"a slice starts at {first}, whose sign is not known")
-    counted = size + first
-    return counted if counted.is_nonnegative else sympy.Max(counted, 0)
+    if first.is_negative:
+        counted = size + first
+        return counted if counted.is_nonnegative else sympy.Max(counted, 0)
+    stop = size if place.stop is None else as_size(place.stop)
+    if length is not None and place.step in (None, 1) and stop.is_nonnegative and length == sympy.expand(stop - first):
+        return first
+    raise UnknownError(f"a slice starts at {first}, whose sign is not known")
 
 
 @operation("select")
@@ -212,7 +232,8 @@ def resolve_index(
             size, step = sizes[len(index)], 1 if place.step is None else place.step
             if not isinstance(step, int) or step < 1:
                 raise UnknownError("it slices with a step that is not a positive number")
-            index.append(slice_start(place.start, size) + step * axis(taken))
+            length = result[taken] if taken < len(result) else None
+            index.append(slice_start(place, size, length) + step * axis(taken))
             taken += 1
         elif isinstance(place, AbstractTensor) and place.rank:
             if gathered_at is None:
@@ -269,3 +290,33 @@ def _remove_batch_dim(call: Call, input: Any, level: Any, batch_size: Any, out_d
     mapped = level_symbol(int(level), as_size(batch_size))
     moved = {axis(k): axis(k if k < along else k + 1) for k in range(tensor.rank)}
     return make_tensor(call.shape, call.dtype, substitute_value(tensor.value, {**moved, mapped: axis(along)}))
+
+
+@operation("item of meshgrid")
+def _meshgrid_item(call: Call, item: int, *tensors: Any, indexing: Any = "ij") -> AbstractTensor:
+    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    along = 1 - item if indexing == "xy" and item < 2 else item
+    return rearrange(as_tensor(given[item]), call.shape, [axis(along)])
+
+
+@operation("item of unbind")
+def _unbind_item(call: Call, item: int, input: Any, dim: Any = 0) -> AbstractTensor:
+    return _select(call, input, dim, item)
+
+
+@operation("item of split", "item of split_with_sizes")
+def _split_item(call: Call, item: int, input: Any, split_size_or_sections: Any, dim: Any = 0) -> AbstractTensor:
+    if isinstance(split_size_or_sections, (tuple, list)):
+        start = sum(map(as_size, split_size_or_sections[:item]), ZERO)
+    else:
+        start = as_size(split_size_or_sections) * item
+    tensor = as_tensor(input)
+    index: list[sympy.Expr] = [axis(k) for k in range(tensor.rank)]
+    index[dimension(dim, tensor.rank)] += start
+    return rearrange(tensor, call.shape, index)
+
+
+@operation("item of chunk")
+def _chunk_item(call: Call, item: int, input: Any, chunks: Any, dim: Any = 0) -> AbstractTensor:
+    size = as_tensor(input).shape[dimension(dim, as_tensor(input).rank)]
+    return _split_item(call, item, input, sympy.ceiling(size / as_size(chunks)), dim)

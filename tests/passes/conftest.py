@@ -1,0 +1,233 @@
+"""The oracle of the mask tests: what a proof says, computed in the graph, against what the mask really holds."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch.nn import functional
+
+from nsa_compile.passes.mask import MaskProver, VisibleKeys
+from nsa_compile.passes.metadata import recorded_value, tensor_of
+from nsa_compile.passes.predicate.interval import Sizes
+from nsa_compile.passes.predicate.tensor import size_expression
+from nsa_compile.passes.scopes import walk_scopes
+from nsa_compile.passes.sites import Mask, MaskKind, Reason, Rejection, Scope
+
+SDPA = (
+    functional.scaled_dot_product_attention,
+    torch._C._nn.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@dataclasses.dataclass
+class Site:
+    """An SDPA call of a captured graph."""
+
+    node: fx.Node
+    scope: Scope
+    mask: Mask | None
+    is_causal: bool
+    sizes: Sizes
+
+
+def sites_of(graph_module: fx.GraphModule) -> list[Site]:
+    """The SDPA calls of a graph and of its bodies, in order."""
+    found = []
+    for scope in walk_scopes(graph_module):
+        for node in scope.graph_module.graph.nodes:
+            if node.target not in SDPA:
+                continue
+            arguments = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
+            mask = arguments.get("attn_mask")
+            query, key = tensor_of(arguments["query"]), tensor_of(arguments["key"])
+            sizes = Sizes(*map(size_expression, (*query.shape[:3], key.shape[2])))
+            if mask is not None:
+                kind = MaskKind.ALLOWED if tensor_of(mask).dtype == torch.bool else MaskKind.ADDITIVE
+                mask = Mask(mask, kind)
+            found.append(Site(node, scope, mask, bool(arguments.get("is_causal", False)), sizes))
+    return found
+
+
+class Recorder:
+    """A backend that keeps the graphs it is given and their first inputs."""
+
+    def __init__(self) -> None:
+        self.graphs: list[fx.GraphModule] = []
+        self.inputs: list[list[Any]] = []
+
+    def __call__(self, graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        self.graphs.append(graph_module)
+        number = len(self.graphs) - 1
+
+        def run(*args: Any) -> Any:
+            if len(self.inputs) == number:
+                self.inputs.append([_copy(arg) for arg in args])
+            return graph_module.forward(*args)
+
+        return run
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> Recorder:
+    """Runs a function or module under Dynamo once, without gradients."""
+    torch._dynamo.reset()
+    recorder = Recorder()
+    with torch.no_grad():
+        torch.compile(function, backend=recorder, dynamic=dynamic)(*args, **kwargs)
+    return recorder
+
+
+class _Values(fx.Interpreter):
+    """Runs a graph and keeps the values of some nodes, as they are when they are made."""
+
+    def __init__(self, graph_module: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
+        super().__init__(graph_module)
+        self._wanted = set(wanted)
+        self.kept: dict[fx.Node, Any] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if node in self._wanted:
+            self.kept[node] = _copy(result)
+        return result
+
+
+def run_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], wanted: Sequence[fx.Node]) -> dict[fx.Node, Any]:
+    """The values of nodes for tensors as inputs; size inputs are found from the tensors' shapes."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    sizes: dict[Any, int] = {}
+    recorded = [tensor_of(node) for node in placeholders if tensor_of(node) is not None]
+    for fake, real in zip(recorded, tensors, strict=True):
+        for symbol, size in zip(fake.shape, real.shape, strict=True):
+            sizes[size_expression(symbol)] = size
+    remaining = iter(tensors)
+    given = [
+        next(remaining).clone() if tensor_of(node) is not None else sizes[size_expression(recorded_value(node))]
+        for node in placeholders
+    ]
+    interpreter = _Values(graph_module, wanted)
+    interpreter.run(*given)
+    return interpreter.kept
+
+
+def dense(first: Any, last: Any, valid: Any, is_causal: bool, queries: int, keys: int) -> torch.Tensor:
+    """An interval and a padding vector as a bool mask `[B|1, 1, T, S]`, by nsa.md's definition."""
+    place = torch.arange(keys)
+    first = torch.zeros(1, queries, dtype=torch.int32) if first is None else first
+    if last is None:
+        last = torch.arange(queries)[None] if is_causal else torch.full((1, queries), keys - 1)
+    assert first.dtype == torch.int32
+    assert first.shape[1] == queries == last.shape[1]
+    mask = (place >= first[..., None]) & (place <= last[..., None])
+    if valid is not None:
+        assert valid.dtype == torch.bool
+        assert valid.shape[1] == keys
+        mask = mask & valid[:, None, :]
+    return mask[:, None]
+
+
+@dataclasses.dataclass
+class Proof:
+    """A proved mask whose interval has been written into the graph."""
+
+    site: Site
+    visible: VisibleKeys
+    emitted: Any
+    root: fx.GraphModule
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Asserts that, for these inputs, the interval is the mask."""
+        nodes = [n for n in (self.emitted.first_key, self.emitted.last_key, self.emitted.key_valid) if n is not None]
+        arguments = dict(zip(_ARGUMENTS, self.site.node.args, strict=False)) | self.site.node.kwargs
+        wanted = [*nodes, self.site.mask.node, arguments["query"], arguments["key"]]
+        values = run_graph(self.root, inputs, wanted)
+        query, key, mask = (values[n] for n in (arguments["query"], arguments["key"], self.site.mask.node))
+        if self.site.mask.kind is MaskKind.ADDITIVE:
+            assert bool(((mask == 0) | (mask <= -10_000)).all())
+            mask = mask == 0
+        ends = (values.get(n) for n in (self.emitted.first_key, self.emitted.last_key, self.emitted.key_valid))
+        shape = (*query.shape[:3], key.shape[2])
+        interval = dense(*ends, self.emitted.is_causal, *shape[2:])
+        assert torch.equal(interval.expand(shape), mask.expand(shape)), self.visible.proof
+
+    @property
+    def text(self) -> str:
+        return self.visible.describe()
+
+
+class Oracle:
+    """Proves masks of captured graphs; one prover for each root graph."""
+
+    def __init__(self) -> None:
+        self.provers: dict[fx.GraphModule, MaskProver] = {}
+
+    def sites(self, graph_module: fx.GraphModule) -> list[Site]:
+        return sites_of(graph_module)
+
+    def prove(self, graph_module: fx.GraphModule, site: Site, **options: Any) -> "Proof | Rejection":
+        """Proves one site's mask and writes the interval into the graph that it belongs to."""
+        prover = self.provers.setdefault(graph_module, MaskProver(**options))
+        masks = () if site.mask is None else (site.mask,)
+        visible = prover.prove(masks, site.is_causal, site.sizes, site.scope, site.node)
+        if isinstance(visible, Rejection):
+            return visible
+        before, scope = site.node, site.scope
+        while scope.graph_module is not visible.scope.graph_module:
+            before, scope = scope.calls[0], scope.parent
+        emitted = prover.emit(visible, before, torch.device("cpu"))
+        scope.graph_module.graph.lint()
+        return Proof(site, visible, emitted, graph_module)
+
+    def prove_program(
+        self,
+        program: Callable[..., torch.Tensor],
+        *data: torch.Tensor,
+        shape: tuple[int, int, int, int] = (2, 3, 7, 7),
+        dynamic: bool | None = True,
+        kind: MaskKind | None = None,
+        **options: Any,
+    ) -> "Proof | Rejection":
+        """Captures attention whose mask `program(query, key, *data)` makes, and proves the mask.
+
+        A proof is checked for the given data before it is returned.
+        """
+        batch, heads, queries, keys = shape
+        query, key = torch.randn(batch, heads, queries, 4), torch.randn(batch, heads, keys, 4)
+
+        def attend(query: torch.Tensor, key: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
+            return functional.scaled_dot_product_attention(query, key, key, program(query, key, *data))
+
+        recorder = capture(attend, query, key, *data, dynamic=dynamic)
+        (graph_module,) = recorder.graphs
+        (site,) = sites_of(graph_module)
+        if kind is not None:
+            site.mask = Mask(site.mask.node, kind)
+        result = self.prove(graph_module, site, **options)
+        if isinstance(result, Proof):
+            result.check(recorder.inputs[0])
+        return result
+
+    @staticmethod
+    def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Recorder:
+        return capture(function, *args, **kwargs)
+
+    @staticmethod
+    def assert_declined(result: Any, reason: Reason) -> None:
+        assert isinstance(result, Rejection), f"accepted: {result.text}"
+        assert result.reason is reason, result
+        assert result.sentence
+        assert result.nodes
+
+
+@pytest.fixture
+def oracle() -> Oracle:
+    return Oracle()
