@@ -10,7 +10,7 @@ from nsa_compile.passes.layout import LabelledTensor, arrange, operand
 from nsa_compile.passes.metadata import dtype_of
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.repetition import HeadGroups, head_groups, sources
-from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Operand, Place, Reason, Rejection
+from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Place, Reason, Rejection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Parts:
         value_depth: the axis of the value's head size.
         batch: axes known to be the batch; None where that is open.
         masks: masks with their dimensions in axes of the scores.
+        autocasts: under autocast, the call brings its operands to one dtype, that of the output.
     """
 
     query: LabelledTensor
@@ -42,6 +43,7 @@ class Parts:
     masks: tuple[tuple[LabelledTensor, MaskKind], ...] = ()
     is_causal: bool = False
     scale: "float | fx.Node | None" = None
+    autocasts: bool = False
 
 
 def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Rejection:
@@ -77,7 +79,7 @@ def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Reje
     for name, found in (("query", query), ("key", key), ("value", value), ("output", output)):
         if found is None:
             return rejected(Reason.UNSUPPORTED_SHAPE, f"The {name} cannot be viewed as [batch, heads, length, size].")
-    problem = _dtype_problem(query, key, value)
+    problem = _dtype_problem(*((place.node,) if parts.autocasts else (each.node for each in (query, key, value))))
     if problem:
         return rejected(Reason.UNSUPPORTED_DTYPE, problem)
     scores = (batch_dim, head_dim, parts.length, parts.keys)
@@ -125,8 +127,8 @@ def _right_aligned(mask: Sequence[LabelledTensor], scores: Dimensions) -> fx.Nod
     return None
 
 
-def _dtype_problem(*operands: Operand) -> str:
-    dtypes = {dtype_of(operand.node) for operand in operands}
+def _dtype_problem(*nodes: fx.Node) -> str:
+    dtypes = set(map(dtype_of, nodes))
     if len(dtypes) != 1:
         return f"Query, key and value have different dtypes: {', '.join(sorted(map(str, dtypes)))}."
     dtype = dtypes.pop()

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-from nsa_compile.passes.metadata import VALUE_KEYS, fake_mode_of, recorded_value, tensor_of, value_key
+from nsa_compile.passes.metadata import VALUE_KEYS, dtype_of, fake_mode_of, recorded_value, tensor_of, value_key
 from nsa_compile.passes.predicate.writes import written_by
 from nsa_compile.passes.sites import Operand, Shape, Step
 
@@ -53,13 +53,13 @@ class Emitter:
         Args:
             tensors: query, key and value in the operator's layout.
             attributes: its other arguments.
-            shape: `[B, H, T, D_v]`, the output's shape; it is contiguous and has the query's dtype.
+            shape: `[B, H, T, D_v]`, the output's shape; it is contiguous and has the origin's dtype.
         """
         query = tensor_of(tensors[0])
         value = None
         if self._mode is not None and query is not None:
             with self._mode, torch.no_grad():
-                value = query.new_empty(shape)
+                value = query.new_empty(shape, dtype=dtype_of(self._origin))
         return self.call(torch.ops.nsa.attention.default, tuple(tensors), dict(attributes), value)
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:

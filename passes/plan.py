@@ -143,7 +143,7 @@ class _Policy:
         site = decision.site
         if site.scale is not None and decision.scale is None:
             return Rejection(Reason.UNSUPPORTED_SCALE, f"The scale is {site.scale}, which is known only at run time.")
-        dtype, tensor = dtype_of(site.query.node), tensor_of(site.query.node)
+        dtype, tensor = dtype_of(site.node), tensor_of(site.query.node)
         device = tensor.device.type
         if dtype not in _DTYPES.get(device, _DTYPES["other"]):
             return Rejection(Reason.UNSUPPORTED_DTYPE, f"The dtype is {dtype} on {device}.")
