@@ -119,7 +119,7 @@ def load(path: Path, device: str, dtype: str) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     folder, source = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **source)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **source)
     return model.to(device).eval(), tokenizer
 
 
