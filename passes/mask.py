@@ -48,6 +48,7 @@ from nsa_compile.passes.predicate.interval import (
     Refusal,
     Sizes,
     read_interval,
+    text,
 )
 from nsa_compile.passes.predicate.tensor import (
     ZERO,
@@ -110,7 +111,7 @@ class VisibleKeys:
                 continue
             widths = [sympy.expand(position - bound.position + 1) for position in last]
             constant = [width for width in widths if not width.free_symbols & {QUERY, B_INDEX}]
-            words.append(f"window {constant[0]}" if constant else f"from key {bound.position}")
+            words.append(f"window {constant[0]}" if constant else f"from key {text(bound.position)}")
         words += ["padding"] if interval.keys else []
         words += ["padded queries"] if interval.queries else []
         return ", ".join(words)
@@ -209,7 +210,7 @@ class MaskProver:
             return allowed
         leaves = self._leaves([bias])
         reason = cause_of_bias(leaves, bias.free_symbols)
-        what = f"{bias}, and {leaves[0].name} is data: {leaves[0].cause}" if leaves else f"{bias}"
+        what = text(bias) + (f", and {leaves[0].name} is data: {leaves[0].cause}" if leaves else "")
         nodes = tuple(leaf.written_by for leaf in leaves) or (mask.node,)
         return Rejection(reason, f"{mask.node.name} adds to the scores {what}.", nodes)
 
@@ -259,8 +260,8 @@ class MaskProver:
         writes = self._interpreter.writes(visible.scope)
 
         def read(leaf: Leaf) -> fx.Node:
-            start, end = writes.position(leaf.written_by), writes.position(before)
-            overwritten = any(True for _ in writes.between(leaf.node, start, end))
+            # Writes after `before` count too: attentions that follow read the same nodes.
+            overwritten = any(True for _ in writes.after(leaf.node, writes.position(leaf.written_by)))
             return builder.snapshot(leaf.node, leaf.written_by) if overwritten else leaf.node
 
         return emit(visible.interval, visible.sizes, builder, functools.cache(read), self._interpreter.leaf)

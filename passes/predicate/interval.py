@@ -261,8 +261,8 @@ class _Reader:
             return Refusal(Reason.BIDIRECTIONAL, "nothing in the mask keeps a query from the keys after itself")
         for ends in at_ends:
             if all(is_positive((bound.position - ahead).xreplace(ends), self.sizes.ranges) for bound in causal):
-                seen = describe_limit(causal[0].position, True)
-                return Refusal(Reason.BIDIRECTIONAL, f"queries see keys after themselves: {seen}")
+                sentence = f"queries see keys after themselves: j ≤ {text(causal[0].position)}"
+                return Refusal(Reason.BIDIRECTIONAL, sentence)
         return None
 
     def _is_implied(self, bound: Bound) -> bool:
@@ -331,9 +331,9 @@ def _plain_limits(relation: Relation, coefficient: sympy.Integer, rest: sympy.Ex
     return [(Limit(down), True)] if coefficient > 0 else [(Limit(up), False)]
 
 
-def describe_limit(position: sympy.Expr, is_last: bool) -> str:
-    """The limit in words."""
-    return f"j {'≤' if is_last else '≥'} {position}"
+def text(expression: sympy.Expr) -> str:
+    """The expression as people write it."""
+    return str(expression).replace("()", "")
 
 
 def describe(formula: Formula) -> str:
@@ -344,7 +344,7 @@ def describe(formula: Formula) -> str:
             sign = (
                 formula.relation.value if coefficient == 1 else {"≤": "≥", "<": ">", "=": "="}[formula.relation.value]
             )
-            return f"j {sign} {-coefficient * rest}"
+            return f"j {sign} {text(-coefficient * rest)}"
         return _describe_atom(formula.expression, formula.relation.value)
     if isinstance(formula, (And, Or)):
         if not formula.operands:
@@ -359,4 +359,4 @@ def describe(formula: Formula) -> str:
 def _describe_atom(expression: sympy.Expr, relation: str) -> str:
     negative = [term for term in sympy.Add.make_args(expression) if term.could_extract_minus_sign()]
     right = -sympy.Add(*negative)
-    return f"{sympy.expand(expression + right)} {relation} {right}"
+    return f"{text(sympy.expand(expression + right))} {relation} {text(right)}"

@@ -153,9 +153,15 @@ class Writes:
         Yields:
             The writer, and the node that it writes through.
         """
+        for writer, through in self.after(node, start):
+            if self._position[writer] < end:
+                yield writer, through
+
+    def after(self, node: fx.Node, start: int) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Writers of the node's memory that run after place `start`, and the node that each writes through."""
         storage = self.storage(node)
         for writer, through in self._writers.get(storage, ()) if storage is not None else ():
-            if start < self._position[writer] < end:
+            if self._position[writer] > start:
                 yield writer, through
 
     def value_at(self, node: fx.Node, place: int) -> fx.Node | None:

@@ -86,22 +86,24 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = Non
 
 
 class _Values(fx.Interpreter):
-    """Runs a graph and keeps the values of some nodes, as they are when they are made."""
+    """Runs a graph and keeps the values that some nodes have when a certain node runs."""
 
-    def __init__(self, graph_module: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
-        super().__init__(graph_module)
-        self._wanted = set(wanted)
+    def __init__(self, graph_module: fx.GraphModule, reader: fx.Node, wanted: Sequence[fx.Node]) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self._reader = reader
+        self._wanted = wanted
         self.kept: dict[fx.Node, Any] = {}
 
     def run_node(self, node: fx.Node) -> Any:
-        result = super().run_node(node)
-        if node in self._wanted:
-            self.kept[node] = _copy(result)
-        return result
+        if node is self._reader:
+            self.kept = {wanted: _copy(self.env[wanted]) for wanted in self._wanted}
+        return super().run_node(node)
 
 
-def run_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], wanted: Sequence[fx.Node]) -> dict[fx.Node, Any]:
-    """The values of nodes for tensors as inputs; size inputs are found from the tensors' shapes."""
+def run_graph(
+    graph_module: fx.GraphModule, inputs: Sequence[Any], reader: fx.Node, wanted: Sequence[fx.Node]
+) -> dict[fx.Node, Any]:
+    """What `reader` sees of nodes, for tensors as inputs; size inputs are found from the tensors' shapes."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     sizes: dict[Any, int] = {}
@@ -114,7 +116,7 @@ def run_graph(graph_module: fx.GraphModule, inputs: Sequence[Any], wanted: Seque
         next(remaining).clone() if tensor_of(node) is not None else sizes[size_expression(recorded_value(node))]
         for node in placeholders
     ]
-    interpreter = _Values(graph_module, wanted)
+    interpreter = _Values(graph_module, reader, wanted)
     interpreter.run(*given)
     return interpreter.kept
 
@@ -149,7 +151,7 @@ class Proof:
         nodes = [n for n in (self.emitted.first_key, self.emitted.last_key, self.emitted.key_valid) if n is not None]
         arguments = dict(zip(_ARGUMENTS, self.site.node.args, strict=False)) | self.site.node.kwargs
         wanted = [*nodes, self.site.mask.node, arguments["query"], arguments["key"]]
-        values = run_graph(self.root, inputs, wanted)
+        values = run_graph(self.root, inputs, self.site.node, wanted)
         query, key, mask = (values[n] for n in (arguments["query"], arguments["key"], self.site.mask.node))
         if self.site.mask.kind is MaskKind.ADDITIVE:
             assert bool(((mask == 0) | (mask <= -10_000)).all())
