@@ -52,7 +52,10 @@ def draw(
     sight: dict = {}
     if visibility != "causal":
         last = torch.randint(0, S, (batch, T), device="cuda", dtype=torch.int32)
-        sight = {"first_key": last - torch.randint(-3, S, (batch, T), device="cuda", dtype=torch.int32), "last_key": last}
+        sight = {
+            "first_key": last - torch.randint(-3, S, (batch, T), device="cuda", dtype=torch.int32),
+            "last_key": last,
+        }
     if visibility == "padded":
         sight = {"key_valid": torch.arange(S, device="cuda") >= torch.tensor([[S // 5], [0]], device="cuda")}
         sight["key_valid"] &= torch.rand(batch, S, device="cuda") > 0.02
@@ -85,7 +88,9 @@ def test_branch_equals_reference(name: str, case: tuple) -> None:
         key, value = mean_compress(key, **COMPRESSION), mean_compress(value, **COMPRESSION)
         extra = {**COMPRESSION, "num_keys": S}
     elif name != "window_attention":
-        chosen = reference.select_blocks(query, mean_compress(key, **COMPRESSION), num_keys=S, **COMPRESSION, **SELECTION, **sight)
+        chosen = reference.select_blocks(
+            query, mean_compress(key, **COMPRESSION), num_keys=S, **COMPRESSION, **SELECTION, **sight
+        )
         lists = (chosen,)
         extra = {"selection_block": 64}
     if name in ("window_attention", "joint_attention"):
@@ -124,13 +129,12 @@ def test_lists_equal_reference(case: tuple, with_lse: bool) -> None:
     if valid is not None:
         from nsa_compile.kernels.intervals import (
             blocks_with_valid_key,
-            default_intervals,
             tighten_intervals,
             valid_compressed_tokens,
         )
 
         block_valid = blocks_with_valid_key(valid, config.selection_block)
-        first, last = tighten_intervals(*default_intervals(is_causal=True, query=query, num_keys=S), valid)
+        first, last = tighten_intervals(None, None, valid, is_causal=True, query=query)
         valid = valid_compressed_tokens(valid, **COMPRESSION)
     lse = None
     if with_lse:
@@ -150,7 +154,9 @@ def test_joint_with_full_coverage_equals_sdpa() -> None:
     query, key, value, _ = draw(8, 2, 3000, 3000, 128, 128, torch.bfloat16, "causal")
     config = NSAConfig(num_selected=64)
     output = nsa_attention(query, key, value, config=config)
-    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True
+    )
     assert relative_error(output, expected) < BUDGET[torch.bfloat16]
 
 
@@ -209,7 +215,11 @@ def test_offsets_beyond_32_bits() -> None:
     """128k tokens, 64 heads of 320 numbers in memory: the last rows lie more than 2^31 elements from the first."""
     T, H, D = 131_072, 64, 128
     storage = torch.randn(1, T, H + 2 * 48, D, device="cuda", dtype=torch.bfloat16)
-    query, key, value = storage[:, :, :H].transpose(1, 2), storage[:, :, H : H + 4].transpose(1, 2), storage[:, :, -4:].transpose(1, 2)
+    query, key, value = (
+        storage[:, :, :H].transpose(1, 2),
+        storage[:, :, H : H + 4].transpose(1, 2),
+        storage[:, :, -4:].transpose(1, 2),
+    )
     assert query.stride(2) * T > 2**31
     output = nsa_attention(query, key, value)
     tokens = torch.tensor([[0, 63, 5000, 70_001, T - 129, T - 1]], device="cuda")
