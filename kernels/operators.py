@@ -162,9 +162,10 @@ def _branch_gradient(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
     def gradient(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output.stride(-1) != 1:
             grad_output = grad_output.contiguous()
-        gradients = getattr(torch.ops.nsa, backward)(grad_output, *ctx.saved_tensors, **ctx.attributes)
-        num_inputs = len(ctx.saved_tensors) - 2
-        return (*gradients, *[None] * (num_inputs - 3))
+        saved = ctx.saved_tensors  # read once: checkpointing hands them out once
+        gradients = getattr(torch.ops.nsa, backward)(grad_output, *saved, **ctx.attributes)
+        num_others = len(saved) - 5  # query, key, value; output, lse
+        return (*gradients, *[None] * num_others)
 
     return gradient
 

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from nsa_compile.kernels import operators, reference
 
@@ -99,6 +102,58 @@ def test_learned_compression_and_independent_window(draw_inputs, relative_error)
         **SIZES,
     )
     _compare(inputs, relative_error, 1e-10, compressed_key=compressed[0], **SIZES)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 10_000),
+            "batch": st.integers(1, 3),
+            "kv_heads": st.integers(1, 3),
+            "group": st.sampled_from([1, 2, 3, 4, 7]),
+            "num_queries": st.integers(1, 70),
+            "num_keys": st.integers(1, 90),
+            "head_size": st.integers(1, 12),
+            "value_size": st.integers(1, 12),
+            "transposed": st.booleans(),
+            "visibility": st.sampled_from(["causal", "all", "decode", "packed", "sliding", "scattered", "holes"]),
+        }
+    ),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 2),
+    st.integers(3, 8),
+    st.integers(1, 40),
+)
+def test_any_shape(draw_inputs, relative_error, scenario, stride, overlap, longer, num_selected, window):
+    inputs = draw_inputs(dtype=torch.float64, **scenario)
+    sizes = SIZES | {
+        "block_stride": stride,
+        "block_length": stride * overlap,
+        "selection_block": stride * (overlap + longer),
+        "num_selected": num_selected,
+        "window": window,
+    }
+    _compare(inputs, relative_error, 1e-10, **sizes)
+    _compare(inputs, relative_error, 1e-10, combine="gated", gates=_gates(inputs), **sizes)
+
+
+def test_inference_mode_and_checkpointing_change_nothing(draw_inputs):
+    inputs = draw_inputs("holes", num_queries=63)
+    gates = _gates(inputs)
+
+    def run(query, key, value, gates):
+        return attention(query, key, value, gates=gates, combine="gated", **inputs.sight, **SIZES)
+
+    leaves = [*inputs.tensors, gates]
+    output = run(*leaves)
+    with torch.inference_mode():
+        assert torch.equal(run(*leaves), output)
+    again = checkpoint(run, *leaves, use_reentrant=False)
+    assert torch.equal(again, output)
+    gradients = [torch.autograd.grad(each.sum(), leaves) for each in (output, again)]
+    assert all(torch.equal(left, right) for left, right in zip(*gradients, strict=True))
 
 
 def test_missing_bounds_are_filled_in(draw_inputs):
