@@ -1,0 +1,58 @@
+"""Every kernel compiles for Ampere and Hopper, within the shared memory that a program may have; no GPU needed."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("the GPU suite compiles and runs the kernels", allow_module_level=True)
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+T = 8192
+
+
+def _compiler() -> ModuleType:
+    path = Path(__file__).with_name("compile_without_gpu.py")
+    spec = importlib.util.spec_from_file_location("compile_without_gpu", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.float16), (90, torch.bfloat16)], ids=["sm_80", "sm_90"])
+def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_compile.kernels.gpu import joint, launch, selected, selection, window
+
+    compiler = _compiler()
+    monkeypatch.setattr(launch, "is_hopper", lambda tensor: capability >= 90)
+    query = torch.empty(1, 8, T, 128, dtype=dtype)
+    key = torch.empty(1, 2, T, 128, dtype=dtype)
+    lists = torch.empty(1, 2, T, 16, dtype=torch.int32)
+    compressed_key = torch.empty(1, 2, T // 16 - 1, 128, dtype=dtype)
+    causal = {"is_causal": True, "scale": 0.1}
+    compression = {"block_length": 32, "block_stride": 16, "num_keys": T}
+    forced = {"num_initial": 1, "num_local": 2}
+    nothing = (None, None, None)
+    with compiler.compile_only(capability) as compiled:
+        output, lse = window.window_attention(query, key, key, *nothing, **causal, window=512)
+        window.window_attention_backward(output, query, key, key, *nothing, output, lse, **causal, window=512)
+        blocks = {"selection_block": 64, **forced}
+        selection.select_blocks(
+            query, compressed_key, None, *nothing, None, **causal, **compression, **blocks, num_selected=16
+        )
+        joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
+        selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)
+    names = {kernel.name for kernel in compiled}
+    assert names >= {
+        "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "top_blocks", "route_entries",
+        "attend_listed", "listed_gradient", "merge_outputs", "merge_query_gradients",
+    }  # fmt: skip
+    over = {kernel.name: kernel.shared for kernel in compiled if kernel.shared > compiler.SHARED_MEMORY_LIMIT[capability]}
+    assert over == {}
+    if capability >= 90:
+        assert all(kernel.warpgroup_mma for kernel in compiled if kernel.name == "flash_forward")
