@@ -102,7 +102,7 @@ def attend(
     """
     rows = query_rows(query, key.shape[1], scale)
     state = RunningSoftmax.empty(rows, value.shape[-1])
-    for part in parts:
+    for part in parts if key.shape[2] else ():
         part.accumulate(state, rows, key, value, valid)
     return state.finish(query.dtype)
 
@@ -136,6 +136,6 @@ def attend_backward(
     """
     rows = query_rows(query, key.shape[1], scale)
     gradients = Gradients.start(grad_output, output, lse, rows, key, value)
-    for part in parts:
+    for part in parts if key.shape[2] else ():
         part.accumulate_backward(gradients, rows, key, value, valid)
     return gradients.finish(scale, query.dtype)

@@ -329,11 +329,15 @@ def test_results_do_not_depend_on_the_batch(draw_inputs, relative_error, branch)
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
-@pytest.mark.parametrize("empty", ["batch", "num_queries"])
+@pytest.mark.parametrize("empty", ["batch", "num_queries", "num_keys"])
 def test_empty_tensors(draw_inputs, empty, branch):
-    inputs = draw_inputs(**{"num_queries": 8, "num_keys": 8} | {empty: 0})
+    inputs = draw_inputs("right_padding", **{"num_queries": 8, "num_keys": 8} | {empty: 0})
     branch = Branch(branch, inputs)
     output, lse, *gradients = branch.given(branch.grad_output())
-    assert output.numel() == lse.numel() == 0
+    if empty == "num_keys":
+        assert not output.any()
+        assert lse.eq(-torch.inf).all()
+    else:
+        assert output.numel() == lse.numel() == 0
     assert [grad.shape for grad in gradients] == [leaf.shape for leaf in branch.leaves]
     assert not any(grad.any() for grad in gradients)
