@@ -3,47 +3,18 @@
 import dataclasses
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
-from nsa_compile.passes.axes import Axis, Dimension, Dimensions, leaves, resolved
+from nsa_compile.passes.axes import Axis, Dimensions, leaves, resolved
 from nsa_compile.passes.layout import LabelledTensor, arrange, operand
 from nsa_compile.passes.metadata import dtype_of
+from nsa_compile.passes.parts import FactorPart, MaskPart, Parts
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.repetition import HeadGroups, head_groups, sources
-from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Place, Reason, Rejection
+from nsa_compile.passes.sites import AttentionSite, Factor, Mask, Place, Reason, Rejection, Step
 
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """An attention as it was read: tensors whose dimensions share axes.
-
-    Attributes:
-        query: queries; their axes are those of the scores' rows, `heads`, batch and head size.
-        key: keys.
-        value: values.
-        output: the node that is replaced, with its dimensions.
-        length: the axis of query positions; empty for a single one.
-        keys: the axis of key positions.
-        depth: the axis of the query's and key's head size.
-        value_depth: the axis of the value's head size.
-        batch: axes known to be the batch; None where that is open.
-        masks: masks with their dimensions in axes of the scores.
-        autocasts: under autocast, the call brings its operands to one dtype, that of the output.
-    """
-
-    query: LabelledTensor
-    key: LabelledTensor
-    value: LabelledTensor
-    output: LabelledTensor
-    length: Dimension
-    keys: Dimension
-    depth: Dimension
-    value_depth: Dimension
-    batch: Dimension | None = None
-    masks: tuple[tuple[LabelledTensor, MaskKind], ...] = ()
-    is_causal: bool = False
-    scale: "float | fx.Node | None" = None
-    autocasts: bool = False
+_TO_DTYPE = torch.ops.aten.to.dtype
 
 
 def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Rejection:
@@ -64,41 +35,53 @@ def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Reje
     reader = place.node
     queries, keys, values = (sources(part, reader, writes) for part in (parts.query, parts.key, parts.value))
     groups = head_groups(parts.query, keys, values, (*parts.length, *parts.depth))
-    masks = [(sources(mask, reader, writes), kind) for mask, kind in parts.masks]
-    depended = frozenset().union(*(mask[-1].axes for mask, _ in masks)) if masks else frozenset()
+    masks = [(sources(mask.tensor, reader, writes), mask) for mask in parts.masks]
+    depended = frozenset().union(*(mask[-1].axes for mask, _ in masks))
     batch = _batch(parts, groups, depended)
     if not batch <= set(groups.own):
         return rejected(Reason.UNSUPPORTED_SHAPE, "Keys or values are broadcast over the batch.")
     batch_dim = tuple(axis for axis in groups.own if axis in batch)
     kv_dim = tuple(axis for axis in groups.own if axis not in batch)
-    head_dim = (*kv_dim, *groups.shared)
-    query = operand(queries, (batch_dim, head_dim, parts.length, parts.depth))
-    key = operand(keys, (batch_dim, kv_dim, parts.keys, parts.depth))
-    value = operand(values, (batch_dim, kv_dim, parts.keys, parts.value_depth))
-    output = arrange((batch_dim, head_dim, parts.length, parts.value_depth), parts.output.dims)
+    rows = (batch_dim, (*kv_dim, *groups.shared), parts.length)
+    if not all(dtype_of(part.node).is_floating_point for part in (parts.query, parts.key, parts.value)):
+        return rejected(Reason.UNSUPPORTED_DTYPE, "Query, key and value are not real floating-point numbers.")
+    dtype = None if parts.is_autocast else _common_dtype(queries, keys, values, parts.output.node)
+    query = operand(queries, (*rows, parts.depth), dtype)
+    key = operand(keys, (batch_dim, kv_dim, parts.keys, parts.depth), dtype)
+    value = operand(values, (batch_dim, kv_dim, parts.keys, parts.value_depth), dtype)
+    output = arrange((*rows, parts.value_depth), parts.output.dims)
     for name, found in (("query", query), ("key", key), ("value", value), ("output", output)):
         if found is None:
             return rejected(Reason.UNSUPPORTED_SHAPE, f"The {name} cannot be viewed as [batch, heads, length, size].")
-    problem = _dtype_problem(*((place.node,) if parts.autocasts else (each.node for each in (query, key, value))))
-    if problem:
-        return rejected(Reason.UNSUPPORTED_DTYPE, problem)
-    scores = (batch_dim, head_dim, parts.length, parts.keys)
-    placed = []
-    for mask, kind in masks:
-        node = _right_aligned(mask, scores)
-        if node is None:
-            sentence = f"The mask {mask[0].node.name} is not laid out as [batch, heads, queries, keys]."
+    placed_masks, placed_factors = [], []
+    for mask, part in masks:
+        placed = _placed(mask, part, (*rows, parts.keys))
+        if placed is None:
+            sentence = f"The mask {mask[0].node.name} is not laid out as batch, heads, queries and keys."
             return rejected(Reason.MASK_NOT_PROVED, sentence, mask[0].node)
-        placed.append(Mask(node, kind))
+        placed_masks.append(placed)
+    for part in parts.factors:
+        factor = _factor(part, rows)
+        if factor is None:
+            sentence = f"{part.tensor.node.name} scales the scores, and is not laid out as batch, heads and queries."
+            return rejected(Reason.UNSUPPORTED_SCALE, sentence, part.tensor.node)
+        placed_factors.append(factor)
+    output_dtype = dtype_of(parts.output.node)
     return AttentionSite(
-        place=place,
+        place=dataclasses.replace(
+            place, shapes=place.shapes or {"query": query.shape, "key": key.shape, "value": value.shape}
+        ),
         query=query,
         key=key,
         value=value,
-        masks=tuple(placed),
+        masks=tuple(placed_masks),
         is_causal=parts.is_causal,
         scale=parts.scale,
-        output=output,
+        symbolic_scales=parts.symbolic_scales,
+        dtype=dtype or output_dtype,
+        output=output if dtype in (None, output_dtype) else (*output, Step(_TO_DTYPE, (output_dtype,))),
+        factors=tuple(placed_factors),
+        internal=parts.internal,
     )
 
 
@@ -115,21 +98,40 @@ def _batch(parts: Parts, groups: HeadGroups, depended: frozenset[Axis]) -> set[A
     return set(groups.own) & depended
 
 
-def _right_aligned(mask: Sequence[LabelledTensor], scores: Dimensions) -> fx.Node | None:
-    """Returns the mask's source that broadcasts to `[B, H, T, S]` as it is."""
+def _placed(mask: Sequence[LabelledTensor], part: MaskPart, scores: Dimensions) -> Mask | None:
+    """Finds, among a mask and what it is a view of, one whose dimensions are batch, heads, queries or keys."""
     full = resolved(scores)
     for tensor in mask:
         dims = resolved(tensor.dims)
-        if len(dims) <= len(full) and all(
-            dim in ((), wanted) for dim, wanted in zip(dims, full[len(full) - len(dims) :], strict=True)
-        ):
-            return tensor.node
+        first = len(full) - len(dims)
+        if first >= 0 and all(dim in ((), wanted) for dim, wanted in zip(dims, full[first:], strict=True)):
+            return Mask(tensor.node, part.kind, factor=part.factor)
+        if all(dim == () or dim in full for dim in dims):
+            return Mask(tensor.node, part.kind, tuple(full.index(dim) if dim else 0 for dim in dims), part.factor)
     return None
 
 
-def _dtype_problem(*nodes: fx.Node) -> str:
-    dtypes = set(map(dtype_of, nodes))
-    if len(dtypes) != 1:
-        return f"Query, key and value have different dtypes: {', '.join(sorted(map(str, dtypes)))}."
-    dtype = dtypes.pop()
-    return "" if dtype is not None and dtype.is_floating_point else f"The dtype is {dtype}."
+def _factor(part: FactorPart, rows: Dimensions) -> Factor | None:
+    """Arranges a factor of the scores as `[B|1, H|1, T|1, 1]`."""
+    own = part.tensor.axes
+    target = tuple(tuple(axis for axis in dim if axis in own) for dim in resolved(rows))
+    if any(kept not in ((), dim) for kept, dim in zip(target, resolved(rows), strict=True)):
+        return None
+    arranged = operand([part.tensor], (*target, ()), None)
+    return None if arranged is None else Factor(arranged, part.is_divisor)
+
+
+def _common_dtype(
+    queries: Sequence[LabelledTensor],
+    keys: Sequence[LabelledTensor],
+    values: Sequence[LabelledTensor],
+    output: fx.Node,
+) -> torch.dtype:
+    """Chooses the dtype to compute in: the output's if all operands have it, before casts to a wider one if need be."""
+    available = [{dtype_of(tensor.node) for tensor in operand} for operand in (queries, keys, values)]
+    own = [dtype_of(operand[0].node) for operand in (queries, keys, values)]
+    common = set.intersection(*available)
+    for preferred in (dtype_of(output), *own):
+        if preferred in common:
+            return preferred
+    return max(own, key=lambda dtype: torch.finfo(dtype).bits)

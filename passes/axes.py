@@ -79,6 +79,11 @@ def resolved(dims: Dimensions) -> Dimensions:
     return tuple(leaves(dim) for dim in dims)
 
 
+def flat(dims: Dimensions) -> Dimension:
+    """Returns the unsplit axes of all dimensions, outermost first."""
+    return leaves(axis for dim in dims for axis in dim)
+
+
 def size_of(axes: Iterable[Axis]) -> Size:
     """Returns the number of positions of a product of axes."""
     return math.prod(axis.size for axis in axes)

@@ -1,21 +1,15 @@
 """Where queries and keys come from: one sequence, or two."""
 
 import enum
-import re
 
 import networkx as nx
-import torch
 from torch import fx
 
 from nsa_compile.passes.calls import operation
-from nsa_compile.passes.metadata import dtype_of, recorded_value, shape_of
+from nsa_compile.passes.metadata import dtype_of, is_parameter, shape_of
 from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.sites import AttentionSite
 from nsa_compile.passes.views import is_view
-
-_SOFTMAX = frozenset(("softmax", "_softmax", "_safe_softmax"))
-# Names that tracers give to parameters and buffers: Dynamo's, and torch.export's prefixes.
-_PARAMETER_NAME = re.compile(r"_(parameters|buffers)_|^(p|b|c)_")
 
 
 class Relation(enum.Enum):
@@ -41,7 +35,7 @@ class ActivationFlow:
         self._flow: nx.DiGraph[fx.Node] = nx.DiGraph()
         probabilities: set[fx.Node] = set()
         for node in graph_module.graph.nodes:
-            if operation(node) in _SOFTMAX or (is_view(node) and not probabilities.isdisjoint(node.all_input_nodes)):
+            if operation(node) == "softmax" or (is_view(node) and not probabilities.isdisjoint(node.all_input_nodes)):
                 probabilities.add(node)
             elif probabilities.isdisjoint(node.all_input_nodes) and "attention" not in operation(node):
                 self._add(node)
@@ -75,7 +69,7 @@ class ActivationFlow:
 
     def _add(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            is_activation = not _is_parameter(node) and _is_floating(node)
+            is_activation = not is_parameter(node) and _is_floating(node)
         else:
             inputs = [read for read in node.all_input_nodes if read in self._flow]
             self._flow.add_edges_from((read, node) for read in inputs)
@@ -91,10 +85,4 @@ def _is_floating(node: fx.Node) -> bool:
 
 def _is_weighted(node: fx.Node) -> bool:
     """Whether a node reads a parameter of two dimensions or more: an embedding, a projection."""
-    return any(_is_parameter(read) and _is_floating(read) and len(shape_of(read)) >= 2 for read in node.all_input_nodes)
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    if node.op == "get_attr" or isinstance(recorded_value(node), torch.nn.Parameter):
-        return True
-    return node.op == "placeholder" and _PARAMETER_NAME.search(node.name) is not None
+    return any(is_parameter(read) and _is_floating(read) and len(shape_of(read)) >= 2 for read in node.all_input_nodes)

@@ -1,6 +1,6 @@
 """New nodes: placed before a given one, with everything recorded that a tracer would have recorded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from nsa_compile.passes.metadata import VALUE_KEYS, dtype_of, fake_mode_of, recorded_value, tensor_of, value_key
 from nsa_compile.passes.predicate.writes import written_by
-from nsa_compile.passes.sites import Operand, Shape, Step
+from nsa_compile.passes.sites import Factor, Operand, Shape, Step
 
 # What is recorded of one node's value, and is another's for a new node.
 _OWN_META = (*VALUE_KEYS, "tensor_meta", "unbacked_bindings", "torch_fn", "source_fn_stack", "original_aten")
@@ -31,35 +31,50 @@ class Emitter:
 
     def operand(self, operand: Operand) -> fx.Node:
         """Emits the views that bring an operand into the operator's layout; its last dimension becomes contiguous."""
-        node = operand.node
-        for step in operand.steps:
-            node = self.step(node, step)
+        node = self._value(operand)
         tensor = tensor_of(node)
         if tensor is not None and not isinstance(tensor.stride(-1), torch.SymInt) and tensor.stride(-1) != 1:
             node = self.step(node, Step(torch.ops.aten.contiguous.default))
         return node
 
+    def scaled(self, query: fx.Node, factor: Factor) -> fx.Node:
+        """Emits the multiplication of queries by a factor; they keep their dtype."""
+        target = torch.ops.aten.div.Tensor if factor.is_divisor else torch.ops.aten.mul.Tensor
+        scaled = self.step(query, Step(target, (factor.operand,)))
+        dtype = dtype_of(query)
+        return scaled if dtype_of(scaled) == dtype else self.step(scaled, Step(torch.ops.aten.to.dtype, (dtype,)))
+
     def step(self, node: fx.Node, step: Step) -> fx.Node:
-        """Emits one view."""
+        """Emits one step, after the operands among its arguments."""
+        args = tuple(self._value(arg) if isinstance(arg, Operand) else arg for arg in step.args)
         value = None
         if self._mode is not None and tensor_of(node) is not None:
             with self._mode, torch.no_grad():
-                value = step.target(recorded_value(node), *step.args)
-        return self.call(step.target, (node, *step.args), {}, value)
+                value = step.target(recorded_value(node), *map(recorded_value, args))
+        return self.call(step.target, (node, *args), {}, value)
 
-    def attention(self, tensors: Sequence[fx.Node], attributes: Mapping[str, Any], shape: Shape) -> fx.Node:
+    def _value(self, operand: Operand) -> fx.Node:
+        node = operand.node
+        for step in operand.steps:
+            node = self.step(node, step)
+        return node
+
+    def attention(
+        self, tensors: Sequence[fx.Node], attributes: Mapping[str, Any], shape: Shape, dtype: torch.dtype
+    ) -> fx.Node:
         """Emits the operator.
 
         Args:
             tensors: query, key and value in the operator's layout.
             attributes: its other arguments.
-            shape: `[B, H, T, D_v]`, the output's shape; it is contiguous and has the origin's dtype.
+            shape: `[B, H, T, D_v]`, the output's shape; it is contiguous.
+            dtype: the output's.
         """
         query = tensor_of(tensors[0])
         value = None
         if self._mode is not None and query is not None:
             with self._mode, torch.no_grad():
-                value = query.new_empty(shape, dtype=dtype_of(self._origin))
+                value = query.new_empty(shape, dtype=dtype)
         return self.call(torch.ops.nsa.attention.default, tuple(tensors), dict(attributes), value)
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
@@ -74,10 +89,17 @@ class Emitter:
         return node
 
 
-def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list[fx.Node]:
+def erase_dead(
+    graph_module: fx.GraphModule, orphans: Iterable[fx.Node], internal: Collection[fx.Node] = ()
+) -> list[fx.Node]:
     """Erases nodes that lost their last user, and what only they used.
 
     `Graph.eliminate_dead_code` would also take calls of in-place methods, which nothing marks as impure.
+
+    Args:
+        graph_module: owner of the graph.
+        orphans: nodes that may be without users.
+        internal: nodes that may go although they write in place, if what they write has no other user.
 
     Returns:
         Placeholders that are without users now; they stay.
@@ -90,8 +112,17 @@ def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list
             continue
         if node.op == "placeholder":
             unused[node] = None
-        elif node.op == "get_attr" or not (node.is_impure() or written_by(node)):
+        elif _is_removable(node, internal):
             inputs = node.all_input_nodes
             graph_module.graph.erase_node(node)
             pending.extend(inputs)
     return list(unused)
+
+
+def _is_removable(node: fx.Node, internal: Collection[fx.Node]) -> bool:
+    if node.op == "get_attr":
+        return True
+    written = written_by(node)
+    if written:
+        return node in internal and all(each in internal and set(each.users) == {node} for each in written)
+    return not node.is_impure()

@@ -6,6 +6,10 @@ from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.scopes import walk_scopes
 from nsa_compile.passes.sdpa import is_sdpa_call, read_sdpa_call
 from nsa_compile.passes.sites import AttentionSite, Rejection
+from nsa_compile.passes.softmax import is_softmax, read_softmax
+
+# What an attention is recognised by, and what reads it.
+_READERS = ((is_sdpa_call, read_sdpa_call), (is_softmax, read_softmax))
 
 
 def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
@@ -20,6 +24,8 @@ def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
     found: list[AttentionSite | Rejection] = []
     for scope in walk_scopes(graph_module):
         writes = Writes(scope.graph_module.graph)
-        nodes = scope.graph_module.graph.nodes
-        found += [read_sdpa_call(node, scope, writes) for node in nodes if is_sdpa_call(node)]
+        for node in scope.graph_module.graph.nodes:
+            for is_kind, read in _READERS:
+                if is_kind(node) and (attention := read(node, scope, writes)) is not None:
+                    found.append(attention)
     return found

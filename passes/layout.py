@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from nsa_compile.passes.axes import Axis, Dimension, Dimensions, leaves, resolved, size_of
-from nsa_compile.passes.metadata import shape_of
+from nsa_compile.passes.metadata import dtype_of, shape_of
 from nsa_compile.passes.sites import Operand, Step
 
 _aten = torch.ops.aten
@@ -80,12 +80,13 @@ def _sizes_with_one_left_open(dim: Dimension) -> "list[int] | None":
     return [-1 if i == open_position else axis.size for i, axis in enumerate(dim)]
 
 
-def operand(candidates: Sequence[LabelledTensor], target: Dimensions) -> Operand | None:
-    """Chooses, of nodes that hold the same tensor in other layouts, the one that needs the fewest views.
+def operand(candidates: Sequence[LabelledTensor], target: Dimensions, dtype: torch.dtype | None) -> Operand | None:
+    """Chooses, of nodes that hold the same tensor in other layouts and dtypes, the one that needs the fewest steps.
 
     Args:
         candidates: the tensor in each layout; among equals the first is taken.
         target: the wanted dimensions.
+        dtype: the wanted dtype; None leaves it.
 
     Returns:
         The operand; None where no candidate can be brought to `target`.
@@ -93,7 +94,11 @@ def operand(candidates: Sequence[LabelledTensor], target: Dimensions) -> Operand
     best: Operand | None = None
     for tensor in candidates:
         steps = arrange(tensor.dims, target)
-        if steps is not None and (best is None or len(steps) < len(best.steps)):
+        if steps is None:
+            continue
+        if dtype not in (None, dtype_of(tensor.node)):
+            steps = (*steps, Step(_aten.to.dtype, (dtype,)))
+        if best is None or len(steps) < len(best.steps):
             shape = shape_of(tensor.node) if not steps else None
             best = Operand(tensor.node, tuple(shape or map(size_of, resolved(target))), steps)
     return best

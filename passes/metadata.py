@@ -14,6 +14,16 @@ from nsa_compile.passes.sites import Place, Scope, Shape, Size
 
 # Where tracers record a node's value: Dynamo under the first name, export and the propagation passes under the second.
 VALUE_KEYS = ("example_value", "val")
+# Names that tracers give to parameters and buffers: Dynamo's, and torch.export's prefixes.
+_PARAMETER_NAME = re.compile(r"_(parameters|buffers)_|^(p|b|c)_")
+# Calls whose second argument fills the tensor they make.
+_FILLS = (
+    torch.full,
+    torch.full_like,
+    torch.ops.aten.full.default,
+    torch.ops.aten.full_like.default,
+    torch.ops.aten.new_full.default,
+)
 
 
 def recorded_value(node: Any) -> Any:
@@ -64,6 +74,19 @@ def number_of(value: Any) -> "float | int | bool | None":
     return None
 
 
+def constant_of(value: Any) -> "float | int | bool | None":
+    """Returns the number that a constant stands for, also as a tensor of one element; None for anything else."""
+    number = number_of(value)
+    if number is not None or not isinstance(value, fx.Node):
+        return number
+    known = getattr(recorded_value(value), "constant", None)
+    if known is not None and known.numel() == 1:
+        return known.item()
+    if value.target in _FILLS and (tensor_of(value) is None or tensor_of(value).numel() == 1):
+        return number_of(value.args[1] if len(value.args) > 1 else value.kwargs.get("fill_value"))
+    return None
+
+
 def same_size(left: Size, right: Size) -> bool:
     """Tells whether two sizes are equal for every input, without adding a guard."""
     return bool(statically_known_true(left == right))
@@ -90,6 +113,13 @@ def propagate_shapes(graph_module: fx.GraphModule, example_inputs: Sequence[Any]
     """Records the values that a `symbolic_trace` graph lacks, by running it on fake copies of example inputs."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     FakeTensorProp(graph_module, mode).propagate(*example_inputs)
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Tells whether a node is a parameter or a buffer of the model."""
+    if node.op == "get_attr" or isinstance(recorded_value(node), torch.nn.Parameter):
+        return True
+    return node.op == "placeholder" and _PARAMETER_NAME.search(node.name) is not None
 
 
 def place_of(node: fx.Node, scope: Scope, spelling: str, shapes: "dict[str, Shape] | None" = None) -> Place:

@@ -1,9 +1,9 @@
 """Policy: which sites become NSA, with what arguments, and why the others do not."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -100,7 +100,7 @@ class _Policy:
         decision = Decision(
             place=found.place,
             site=found,
-            scale=None if found.scale is None else _specialized(found.scale),
+            scale=_scale(found),
             visible=visible,
             mask=visible.describe(),
             proof=visible.proof,
@@ -141,8 +141,9 @@ class _Policy:
 
     def _not_supported(self, decision: Decision) -> Rejection | None:
         site = decision.site
-        if site.scale is not None and decision.scale is None:
-            return Rejection(Reason.UNSUPPORTED_SCALE, f"The scale is {site.scale}, which is known only at run time.")
+        if decision.scale is not None and not math.isfinite(decision.scale):
+            parts = ", ".join(str(node) for node, _ in site.symbolic_scales) or str(site.scale)
+            return Rejection(Reason.UNSUPPORTED_SCALE, f"The scale is {parts}, which is no number known beforehand.")
         dtype, tensor = dtype_of(site.node), tensor_of(site.query.node)
         device = tensor.device.type
         if dtype not in _DTYPES.get(device, _DTYPES["other"]):
@@ -195,13 +196,18 @@ def is_at_least(size: Size, least: int) -> bool:
         return True
 
 
-def _specialized(scale: Any) -> float | None:
-    """Returns a scale as a number; a symbolic one is fixed by a guard where Dynamo compiles."""
-    number = number_of(scale)
-    value = recorded_value(scale)
+def _scale(site: AttentionSite) -> float | None:
+    """Returns the scale as a number, symbolic parts fixed; NaN where they cannot be."""
+    if not site.symbolic_scales:
+        return site.scale
+    parts = [_specialized(node) ** power for node, power in site.symbolic_scales]
+    return math.prod(parts, start=1.0 if site.scale is None else site.scale)
+
+
+def _specialized(node: fx.Node) -> float:
+    """Fixes a symbolic number by a guard, where Dynamo compiles; NaN where it cannot be fixed."""
+    number, value = number_of(node), recorded_value(node)
     if number is None and isinstance(value, torch.SymFloat | torch.SymInt) and torch._guards.TracingContext.try_get():
-        try:
+        with contextlib.suppress(GuardOnDataDependentSymNode):
             number = float(value)
-        except GuardOnDataDependentSymNode:
-            return None
-    return float(number) if number is not None and math.isfinite(number) else None
+    return float(number) if number else math.nan

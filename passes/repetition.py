@@ -17,7 +17,7 @@ from nsa_compile.passes.views import back_through
 
 
 def sources(tensor: LabelledTensor, reader: fx.Node, writes: Writes) -> list[LabelledTensor]:
-    """Lists the tensor and what it is a view or a repetition of, nearest first.
+    """Lists the tensor and what it is a view, a repetition or a widened copy of, nearest first.
 
     Only such sources are listed as hold, where `reader` runs, what they held when the view was made.
     """

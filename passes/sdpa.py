@@ -5,13 +5,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from nsa_compile.passes.assemble import Parts, assemble
-from nsa_compile.passes.axes import Dimension, Dimensions, dimension, dimensions, unify
+from nsa_compile.passes.assemble import assemble
+from nsa_compile.passes.axes import Dimension, dimension, dimensions, unify
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.layout import LabelledTensor
 from nsa_compile.passes.metadata import dtype_of, number_of, place_of, shape_of
+from nsa_compile.passes.parts import MaskPart, Parts
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.sites import AttentionSite, MaskKind, Reason, Rejection, Scope, Shape
+from nsa_compile.passes.views import broadcast_dimensions
 
 OPERATION = "scaled_dot_product_attention"
 
@@ -61,7 +63,16 @@ def read_sdpa_call(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite
     parts = _parts(node, operands, shapes, mask, bool(enable_gqa))
     if isinstance(parts, str):
         return rejected(Reason.UNSUPPORTED_SHAPE, parts)
-    return assemble(Parts(**parts, is_causal=bool(is_causal), scale=bound.get("scale")), place, writes)
+    scale = bound.get("scale")
+    number = number_of(scale)
+    read = Parts(
+        **parts,
+        is_causal=bool(is_causal),
+        scale=number if number is not None or scale is None else 1.0,
+        symbolic_scales=((scale, 1),) if isinstance(scale, fx.Node) and number is None else (),
+        is_autocast=any(dtype_of(each) != dtype_of(node) for each in operands),
+    )
+    return assemble(read, place, writes)
 
 
 def _parts(
@@ -85,7 +96,7 @@ def _parts(
         mask_dims = broadcast_dimensions(mask, scores)
         if mask_dims is None:
             return f"The mask's shape {shape_of(mask)} does not fit the scores."
-        masks = ((LabelledTensor(mask, mask_dims), mask_kind(mask)),)
+        masks = (MaskPart(LabelledTensor(mask, mask_dims), mask_kind(mask)),)
     return {
         "query": LabelledTensor(operands[0], query),
         "key": LabelledTensor(operands[1], key),
@@ -109,20 +120,6 @@ def _shares_heads(query: Dimension, key: Dimension, is_grouped: bool) -> bool:
         if isinstance(heads.size, int) and isinstance(kv_heads.size, int) and heads.size % kv_heads.size == 0:
             return unify(query, (*key, *dimension(heads.size // kv_heads.size)))
     return unify(query, key)
-
-
-def broadcast_dimensions(node: fx.Node, full: Dimensions) -> Dimensions | None:
-    """Returns a tensor's dimensions in axes of the one it is broadcast to; None where the shapes do not fit."""
-    shape = shape_of(node)
-    if shape is None or len(shape) > len(full):
-        return None
-    dims = []
-    for size, wanted in zip(shape, full[len(full) - len(shape) :], strict=True):
-        own = dimension(size)
-        if own and not unify(own, wanted):
-            return None
-        dims.append(wanted if own else ())
-    return tuple(dims)
 
 
 def mask_kind(node: fx.Node) -> MaskKind:

@@ -133,7 +133,10 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One view operation that brings an operand into NSA's layout; `target(tensor, *args)`."""
+    """One operation on the way to another layout: `target(tensor, *args)`.
+
+    Arguments that are operands stand for what their own steps make of their node.
+    """
 
     target: Any
     args: tuple[Any, ...] = ()
@@ -141,17 +144,25 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """A tensor of the model, and how to view it as `[B, heads, length, D]`.
+    """A tensor of the model, and how to bring it into the operator's layout, `[B, heads, length, D]`.
 
     Attributes:
         node: the tensor, in the site's graph.
-        steps: views to apply to it, in order; none where it has the layout already.
         shape: the shape after the steps.
+        steps: what to apply to it, in order; nothing where it has the layout already.
     """
 
     node: fx.Node
     shape: Shape
     steps: tuple[Step, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A tensor, broadcastable to `[B, H, T, 1]`, that the queries are multiplied by, or divided."""
+
+    operand: Operand
+    is_divisor: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,17 +177,25 @@ class AttentionSite:
         masks: all of them hold; empty where there is none.
         is_causal: query t sees keys 0…t (aligned top-left, as torch defines it), beside what the masks say.
         scale: factor of the scores; None for 1/sqrt(D).
-        output: views that bring the operator's `[B, H, T, D_v]` to the layout of `place.node`.
+        symbolic_scales: nodes of symbolic numbers that scale them too, with the power of each, 1 or -1.
+        dtype: of what the operator gives.
+        output: what brings the operator's `[B, H, T, D_v]` to the layout of `place.node`.
+        factors: tensors that scale the scores of a query, beside `scale`.
+        internal: nodes that are of no use without the attention, such as those that write scores in place.
     """
 
     place: Place
     query: Operand
     key: Operand
     value: Operand
+    dtype: torch.dtype
     masks: tuple[Mask, ...] = ()
     is_causal: bool = False
-    scale: "float | fx.Node | None" = None
+    scale: float | None = None
+    symbolic_scales: tuple[tuple[fx.Node, int], ...] = ()
     output: tuple[Step, ...] = ()
+    factors: tuple[Factor, ...] = ()
+    internal: tuple[fx.Node, ...] = ()
 
     @property
     def node(self) -> fx.Node:

@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
-from nsa_compile.passes.axes import Axis, Dimension, Dimensions, dimension, dimensions, leaves, unify, unify_dimensions
+from nsa_compile.passes.axes import Axis, Dimension, Dimensions, dimension, dimensions, flat, unify, unify_dimensions
 from nsa_compile.passes.calls import operation
 from nsa_compile.passes.metadata import dtype_of, number_of, same_size, shape_of
 from nsa_compile.passes.sites import Shape
@@ -48,10 +49,15 @@ def read_view(node: fx.Node) -> View | None:
     if not isinstance(source, fx.Node):
         return None
     shape, view_shape = shape_of(source), shape_of(node)
-    if shape is None or view_shape is None or dtype_of(source) != dtype_of(node):
+    if shape is None or view_shape is None or not _keeps_values(dtype_of(source), dtype_of(node)):
         return None
     related = rule(_Call(shape, view_shape, rest, node.kwargs))
     return None if related is None else View(source, *related)
+
+
+def _keeps_values(source: torch.dtype, view: torch.dtype) -> bool:
+    """Whether every number of one dtype is one of the other: a cast from bfloat16 to float32 loses nothing."""
+    return source == view or (source.is_floating_point and torch.promote_types(source, view) == view)
 
 
 def back_through(node: fx.Node, dims: Dimensions) -> "tuple[fx.Node, Dimensions] | None":
@@ -68,6 +74,20 @@ def forth_through(node: fx.Node, source: fx.Node, dims: Dimensions) -> Dimension
     if view is None or view.source is not source or not unify_dimensions(dims, view.source_dims):
         return None
     return view.dims
+
+
+def broadcast_dimensions(node: fx.Node, full: Dimensions) -> Dimensions | None:
+    """Returns a tensor's dimensions in axes of the one it is broadcast to; None where the shapes do not fit."""
+    shape = shape_of(node)
+    if shape is None or len(shape) > len(full):
+        return None
+    dims = []
+    for size, wanted in zip(shape, full[len(full) - len(shape) :], strict=True):
+        own = dimension(size)
+        if own and not unify(own, wanted):
+            return None
+        dims.append(wanted if own else ())
+    return tuple(dims)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +111,7 @@ def _same(call: _Call) -> Related | None:
 
 def _reshape(call: _Call) -> Related | None:
     source, view = dimensions(call.shape), dimensions(call.view_shape)
-    return (source, view) if unify(_flat(source), _flat(view)) else None
+    return (source, view) if unify(flat(source), flat(view)) else None
 
 
 def _permute(call: _Call) -> Related | None:
@@ -217,12 +237,8 @@ def _elements_differ(call: _Call) -> bool:
     return len(rest) != len(view_rest) or not all(map(same_size, rest, view_rest))
 
 
-def _flat(dims: Dimensions) -> Dimension:
-    return leaves(axis for dim in dims for axis in dim)
-
-
 _RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(("contiguous", "clone", "detach", "alias", "identity", "to", "lift_fresh_copy"), _same),
+    **dict.fromkeys(("contiguous", "clone", "alias", "identity", "to", "lift_fresh_copy"), _same),
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), _reshape),
     **dict.fromkeys(("unsqueeze", "squeeze"), _drop_or_add_units),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "transpose_"), _transpose),

@@ -1,0 +1,170 @@
+"""Sites that are written out: softmax(scale · Q Kᵀ + masks) V, in any spelling that reads so.
+
+The softmax is the anchor.  From it the scores are read backwards to the product of queries and keys, and the
+probabilities are followed forwards to the product with the values.  Shapes are followed as products of axes, so that
+heads may come first or second, be flattened into the batch or split into groups; einsum and matmul are the same.
+"""
+
+from torch import fx
+
+from nsa_compile.passes.assemble import assemble
+from nsa_compile.passes.axes import Axis, Dimension, Dimensions, dimensions, flat, leaves
+from nsa_compile.passes.calls import arguments, operation
+from nsa_compile.passes.contractions import contracted, is_contraction, read_contraction
+from nsa_compile.passes.layout import LabelledTensor
+from nsa_compile.passes.metadata import dtype_of, is_parameter, place_of, shape_of
+from nsa_compile.passes.parts import Parts, Problem
+from nsa_compile.passes.predicate.writes import Writes
+from nsa_compile.passes.probabilities import Weighting, follow_probabilities, is_redundant
+from nsa_compile.passes.repetition import sources
+from nsa_compile.passes.scores import ScoreReader, Scores
+from nsa_compile.passes.sites import AttentionSite, Reason, Rejection, Scope
+from nsa_compile.passes.views import is_view
+
+SPELLING = "softmax(Q Kᵀ) V"
+# Operations between a product and a softmax, or between a softmax and a product, within this many steps make an
+# attention of a softmax that cannot be read.
+_REACH = 12
+
+
+def is_softmax(node: fx.Node) -> bool:
+    """Tells whether a node takes a softmax."""
+    return operation(node) == "softmax"
+
+
+def read_softmax(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite | Rejection | None:
+    """Reads the attention around a softmax.
+
+    Args:
+        node: a node for which `is_softmax` holds.
+        scope: the graph that holds it.
+        writes: the in-place writes of that graph.
+
+    Returns:
+        The site, its masks unproved; why it cannot be one; None where the softmax is no attention's.
+    """
+    bound = arguments(node) or {}
+    scores_node, dim = bound.get("input"), bound.get("dim")
+    shape = shape_of(scores_node)
+    if shape is None or not isinstance(dim, int) or not _is_between_products(node):
+        return None
+    parts = _read(node, scores_node, dimensions(shape), dim, writes)
+    if isinstance(parts, Problem):
+        place = place_of(node, scope, SPELLING)
+        return Rejection(parts.reason, parts.sentence, parts.nodes or (node,), place)
+    return assemble(parts, place_of(parts.output.node, scope, SPELLING), writes)
+
+
+def _read(softmax: fx.Node, scores_node: fx.Node, dims: Dimensions, dim: int, writes: Writes) -> Parts | Problem:
+    keys = dims[dim]
+    if not keys:
+        return Problem(Reason.UNSUPPORTED_SHAPE, "There is a single key.")
+    weighting = follow_probabilities(softmax, dims, keys, writes)
+    # Read the scores even if the probabilities cannot be followed: what is wrong with them says more.
+    site = weighting.product.node if isinstance(weighting, Weighting) else softmax
+    scores = ScoreReader(keys, writes, site).read(scores_node, dims, softmax)
+    if isinstance(scores, Problem):
+        return scores
+    if isinstance(weighting, Problem):
+        return weighting
+    for refill in weighting.refills:
+        if not is_redundant(refill, scores, scores_node):
+            sentence = f"Probabilities are set to 0 where {refill[0]} says, which is no mask of the scores."
+            return Problem(Reason.PROBABILITIES_CHANGED, sentence, (refill[0],))
+    return _parts(scores, weighting, dims, dim, writes)
+
+
+def _parts(scores: Scores, weighting: Weighting, dims: Dimensions, dim: int, writes: Writes) -> Parts | Problem:
+    key_axes = set(leaves(dims[dim]))
+    product, site = scores.product, weighting.product.node
+    sides = [(product.left, product.right), (product.right, product.left)]
+    found = [(query, key) for query, key in sides if key_axes <= key.axes and key_axes.isdisjoint(query.axes)]
+    if len(found) != 1:
+        return Problem(Reason.UNKNOWN_SPELLING, f"The softmax of {product.node} is not over keys.", (product.node,))
+    (query, key), value = found[0], weighting.value
+    depth = contracted(product)
+    for operand, reader in ((query, product.node), (key, product.node)):
+        written = writes.between(operand.node, writes.position(reader), writes.position(site))
+        if any(True for _ in written):
+            sentence = f"{operand.node} is written in place between its product and the one with the values."
+            return Problem(Reason.UNKNOWN_SPELLING, sentence, (operand.node,))
+    only_queries = [axis for axis in flat(query.dims) if axis not in {*depth, *key.axes, *value.axes}]
+    masked = set().union(*(sources(mask.tensor, site, writes)[-1].axes for mask in scores.masks))
+    length = _length(only_queries, [axis for axis in only_queries if axis in masked], _rows(scores, query, dims, dim))
+    return Parts(
+        query=query,
+        key=key,
+        value=value,
+        output=LabelledTensor(site, weighting.product.dims),
+        length=length,
+        keys=dims[dim],
+        depth=depth,
+        value_depth=tuple(axis for axis in flat(weighting.product.dims) if axis not in flat(dims)),
+        masks=scores.masks,
+        scale=scores.scale,
+        symbolic_scales=scores.symbolic_scales,
+        factors=scores.factors,
+        is_autocast=any(map(_casts_operands, (product.node, site))),
+        internal=(*scores.chain, *weighting.chain),
+    )
+
+
+def _casts_operands(product: fx.Node) -> bool:
+    """Whether a product has another dtype than its operands, as under autocast."""
+    read = read_contraction(product)
+    return any(dtype_of(operand.node) != dtype_of(product) for operand in (read.left, read.right))
+
+
+def _rows(scores: Scores, query: LabelledTensor, dims: Dimensions, dim: int) -> Dimension:
+    """The axes that stand where query positions usually stand: rows of the product, or the dimension before keys."""
+    product = scores.product
+    if operation(product.node) == "einsum":
+        return dims[dim - 1] if dim % len(dims) else ()
+    return query.dims[-2] if query is product.left else query.dims[-1]
+
+
+def _length(only_queries: list[Axis], masked: list[Axis], rows: Dimension) -> Dimension:
+    """Tells query positions from heads that share a key: masks differ between positions, not between heads."""
+    if len(masked) == 1:
+        return tuple(masked)
+    in_rows = [axis for axis in leaves(rows) if axis in only_queries]
+    return tuple(in_rows)
+
+
+def _is_between_products(softmax: fx.Node) -> bool:
+    """Whether a softmax stands between two products of activations, so that it is an attention's, however spelled."""
+    return _reaches_product(softmax, forwards=False) and _reaches_product(softmax, forwards=True)
+
+
+def _reaches_product(softmax: fx.Node, forwards: bool) -> bool:
+    level, seen = [softmax], {softmax}
+    for _ in range(_REACH):
+        following = []
+        for node in level:
+            for each in node.users if forwards else node.all_input_nodes:
+                if each in seen:
+                    continue
+                seen.add(each)
+                if is_contraction(each):
+                    if forwards or not any(map(_is_weight, each.all_input_nodes)):
+                        return True
+                elif _is_passed(each):
+                    following.append(each)
+        level = following
+    return False
+
+
+def _is_weight(node: fx.Node) -> bool:
+    while is_view(node) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return is_parameter(node)
+
+
+def _is_passed(node: fx.Node) -> bool:
+    """Whether a node may stand between a product and a softmax: no projection, normalization or other softmax."""
+    return node.op in ("call_function", "call_method") and operation(node) not in _ENDS
+
+
+_ENDS = frozenset(
+    ("softmax", "linear", "embedding", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d", "addmm", "topk")
+)
