@@ -10,7 +10,8 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --rewritten: #18794e; --declined: #ad5700; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid var(--line); padding: .4rem .6rem; text-align: left; vertical-align: top; }
+th, td { border-top: 1px solid var(--line); padding: .4rem .6rem; text-align: left; vertical-align: top; }
+.more td { border-top: 0; max-width: 70rem; padding-top: 0; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; }
 pre { background: #8881; max-height: 40rem; overflow: auto; padding: .8rem; tab-size: 4; }
 summary { cursor: pointer; }
@@ -47,7 +48,7 @@ def _sites(rows: Sequence[Row]) -> str:
         site = row.sites[0]
         module, spelling, mask, shapes, decision, reason = map(html.escape, row.cells)
         cells = (
-            f"<code>{module}</code>{_details(row)}",
+            f"<code>{module}</code>",
             f"<code>{spelling}</code>",
             mask,
             f"<code>{shapes}</code>",
@@ -55,13 +56,14 @@ def _sites(rows: Sequence[Row]) -> str:
             f"{reason}<br>{html.escape(site.sentence)}" if reason else "",
         )
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        lines.append(f'<tr class="more"><td colspan="{len(COLUMNS)}">{_details(row)}</td></tr>')
     return "\n".join([*lines, "</tbody>\n</table>"])
 
 
 def _details(row: Row) -> str:
     """Renders what a row has no column for: the modules it stands for, the proof, the source lines."""
     site = row.sites[0]
-    items = [*(f"Proof: {sentence}" for sentence in site.proof)]
+    items = [*(f"Proof (query i, key j): {sentence}" for sentence in site.proof)]
     if site.nodes:
         items.append(f"Nodes at fault: {', '.join(site.nodes)}")
     items += list(dict.fromkeys(each.sentence for each in row.sites if each.sentence != site.sentence))

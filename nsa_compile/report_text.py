@@ -30,7 +30,7 @@ def text(report: RewriteReport) -> str:
     parts = [
         f"{report.summary} ({describe_config(report.config)})",
         aligned([COLUMNS, *(row.cells for row in rows)]) if rows else "",
-        section("masks", (f"{site.mask}: {sentence}" for site in first for sentence in site.proof)),
+        section("masks (query i, key j)", (f"{site.mask}: {sentence}" for site in first for sentence in site.proof)),
         section("reasons", (f"{site.reason}: {site.sentence}" for site in first if site.reason)),
         section("graph breaks", report.break_reasons),
         section("notes", report.notes),

@@ -288,9 +288,8 @@ def test_reset_forgets_cuda_graphs_where_there_are_any(monkeypatch):
 
 BY_NAME = """
 import torch
-
 assert "nsa" in torch._dynamo.list_backends()
-compiled = torch.compile(lambda x: F.relu(x) + 1, backend="nsa", options={"nsa.wrong": 1})
+compiled = torch.compile(lambda x: x.relu() + 1, backend="nsa", options={"nsa.wrong": 1})
 try:
     compiled(torch.ones(3))
 except ValueError as error:

@@ -48,7 +48,7 @@ def test_text():
         "encoder                           F.scaled_dot_product_attention  all keys         "
         "query [1, 4, 2048, 64]  key,value [1, 2, 2048, 64]  declined   BIDIRECTIONAL\n"
         "\n"
-        "masks:\n"
+        "masks (query i, key j):\n"
         "  causal, padding: key ≤ query: the mask compares two aranges.\n"
         "\n"
         "reasons:\n"
