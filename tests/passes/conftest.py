@@ -1,5 +1,7 @@
 """The oracle of the mask tests: what a proof says, computed in the graph, against what the mask really holds."""
 
+import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,12 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
+from nsa_compile import NSAConfig
+from nsa_compile.passes.find import find_sites
 from nsa_compile.passes.mask import MaskProver, VisibleKeys
 from nsa_compile.passes.metadata import recorded_value, tensor_of
+from nsa_compile.passes.plan import Decision, plan_rewrite
 from nsa_compile.passes.predicate.interval import Sizes
 from nsa_compile.passes.predicate.tensor import size_expression
+from nsa_compile.passes.rewrite import apply_plan
 from nsa_compile.passes.scopes import walk_scopes
 from nsa_compile.passes.sites import Mask, MaskKind, Reason, Rejection, Scope
 
@@ -233,3 +241,106 @@ class Oracle:
 @pytest.fixture
 def oracle() -> Oracle:
     return Oracle()
+
+
+@pytest.fixture(scope="session")
+def oracle_factory() -> type[Oracle]:
+    """Makes oracles, for tests that run many examples in one call."""
+    return Oracle
+
+
+# Selection covers everything: joint NSA is dense attention, up to rounding.
+COVERING = NSAConfig(block_length=4, block_stride=2, selection_block=8, num_selected=64, window=8, min_keys=0)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What rewriting a model's graphs came to."""
+
+    decisions: list[Decision]
+    graphs: list[fx.GraphModule]
+    before: list[str]
+    output: Any = None
+    expected: Any = None
+
+    @property
+    def reasons(self) -> list[str]:
+        """Name of each decline's reason; "" for a rewritten attention."""
+        return [each.rejection.reason.name if each.rejection else "" for each in self.decisions]
+
+    @property
+    def targets(self) -> list[Any]:
+        """What all calls of all graphs and bodies call."""
+        scopes = [scope for graph in self.graphs for scope in walk_scopes(graph)]
+        return [node.target for scope in scopes for node in scope.graph_module.graph.nodes]
+
+    def assert_rewritten(self, count: int = 1) -> None:
+        """Asserts that every attention was rewritten, and that nothing but rounding changed."""
+        assert self.reasons == [""] * count, [each.rejection for each in self.decisions]
+        assert self.targets.count(torch.ops.nsa.attention.default) == count
+        torch.testing.assert_close(self.output, self.expected, rtol=1e-4, atol=2e-5)
+
+    def assert_declined(self, reason: Reason, count: int = 1) -> None:
+        """Asserts that every attention was declined for a reason, and that the graphs are as they were."""
+        assert self.reasons == [reason.name] * count, [each.rejection for each in self.decisions]
+        assert [graph.print_readable(print_output=False) for graph in self.graphs] == self.before
+        for decision in self.decisions:
+            assert decision.rejection.sentence
+            assert decision.rejection.nodes
+            assert decision.rejection.place is not None
+
+
+def rewrite(
+    function: Callable[..., Any],
+    *args: Any,
+    config: NSAConfig = COVERING,
+    dynamic: bool | None = None,
+    gradients: bool = False,
+    seen: Callable[..., Any] = lambda output: output,
+    **kwargs: Any,
+) -> Outcome:
+    """Compiles a model with its attentions rewritten and runs it, beside the model itself.
+
+    Args:
+        function: a module or function.
+        config: the configuration; by default NSA equals dense attention.
+        gradients: compare gradients of the inputs (and parameters) too.
+        seen: what of the output to compare.
+    """
+    outcome = Outcome([], [], [])
+
+    def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        outcome.before.append(graph_module.print_readable(print_output=False))
+        plan = plan_rewrite(find_sites(graph_module), config)
+        apply_plan(graph_module, plan)
+        outcome.decisions += plan.decisions
+        outcome.graphs.append(graph_module)
+        return aot_eager(graph_module, example_inputs) if gradients else graph_module.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, dynamic=dynamic)
+    for name, call in (("expected", function), ("output", compiled)):
+        inputs = copy.deepcopy((args, kwargs))
+        with contextlib.nullcontext() if gradients else torch.no_grad():
+            result = seen(call(*inputs[0], **inputs[1]))
+        setattr(outcome, name, (result, _gradients(function, inputs, result)) if gradients else result)
+    return outcome
+
+
+def _gradients(function: Callable[..., Any], inputs: Any, result: torch.Tensor) -> list[torch.Tensor]:
+    given = [each for each in pytree.tree_leaves(inputs) if isinstance(each, torch.Tensor) and each.requires_grad]
+    given += list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+    weight = torch.linspace(-1, 1, result.numel()).view_as(result)
+    return list(torch.autograd.grad((result * weight).sum(), given))
+
+
+class Rewriting:
+    """Compiles models with their attentions rewritten."""
+
+    covering = COVERING
+    rewrite = staticmethod(rewrite)
+
+
+@pytest.fixture(scope="session")
+def rewriting() -> type[Rewriting]:
+    return Rewriting
