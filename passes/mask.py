@@ -22,7 +22,7 @@ from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.additive import unbiased
 from nsa_compile.passes.predicate.causes import cause_of_bias, is_selection
 from nsa_compile.passes.predicate.emission import EmittedInterval, emit, is_plain_causal, sizes_needed
-from nsa_compile.passes.predicate.facts import simplify
+from nsa_compile.passes.predicate.facts import decide
 from nsa_compile.passes.predicate.formula import (
     TRUE,
     Formula,
@@ -32,7 +32,7 @@ from nsa_compile.passes.predicate.formula import (
     conjunction,
     expressions,
     formula_of,
-    map_expressions,
+    map_atoms,
     negation,
     substitute_value,
 )
@@ -147,7 +147,7 @@ class MaskProver:
         """
         writes = self._interpreter.writes(scope)
         place = writes.position(reader)
-        seen = tuple((mask, writes.value_at(mask.node, place)) for mask in masks)
+        seen = tuple((mask, writes.last_write(mask.node, place)) for mask in masks)
         key = (seen, is_causal, sizes, scope.graph_module)
         if key not in self._proved:
             self._proved[key] = self._prove(masks, is_causal, sizes, scope, reader)
@@ -219,7 +219,7 @@ class MaskProver:
     ) -> VisibleKeys | Rejection:
         """The formula as an interval that can be computed in one graph."""
         mask_nodes = tuple(mask.node for mask in masks)
-        formula = map_expressions(formula, functools.partial(simplify, ranges=sizes.ranges))
+        formula = map_atoms(formula, functools.partial(decide, ranges=sizes.ranges))
         result = read_interval(formula, sizes, self._interpreter.leaf)
         if isinstance(result, Refusal):
             reason = result.reason

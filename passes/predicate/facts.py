@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import sympy
 from sympy.core.function import AppliedUndef
 
+from nsa_compile.passes.predicate.formula import FALSE, TRUE, Atom, Formula, Relation, atom
+
 # Symbol -> its largest value; the smallest is 0.
 Ranges = Mapping[sympy.Symbol, sympy.Expr]
 
@@ -70,6 +72,17 @@ def simplify(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr:
         if is_nonnegative(numerator, ranges) and is_positive(denominator - numerator, ranges):
             changes[part] = numerator if isinstance(part, sympy.Mod) else sympy.Integer(0)
     return expression.xreplace(changes) if changes else expression
+
+
+def decide(part: Atom, ranges: Ranges) -> Formula:
+    """The atom, with quotients and remainders resolved, or its truth where the ranges of the positions decide it."""
+    expression = simplify(part.expression, ranges)
+    if part.relation is Relation.AT_MOST and expression.is_integer:
+        if is_nonnegative(-expression, ranges):
+            return TRUE
+        if is_positive(expression, ranges):
+            return FALSE
+    return part if expression == part.expression else atom(part.relation, expression)
 
 
 def never_decreases(

@@ -155,12 +155,25 @@ def _weakest(parts: dict[Formula, None]) -> dict[Formula, None]:
         loosest = min(limits, key=lambda limit: limit[0])[1]
         parts = {part: None for part in parts if part is loosest or not any(part is atom for _, atom in limits)}
         for part in list(parts):
-            touches = isinstance(part, Atom) and part.relation is Relation.EQUAL
-            if touches and loosest.expression - 1 in (part.expression, -part.expression):
+            if not isinstance(part, Atom) or part.relation is not Relation.EQUAL:
+                continue
+            if loosest.expression - 1 in (part.expression, -part.expression):
                 parts = {other: None for other in parts if other is not part and other is not loosest}
                 parts[Atom(Relation.AT_MOST, loosest.expression - 1)] = None
                 break
+            if _implies(part.expression, loosest.expression):
+                parts = {other: None for other in parts if other is not part}
     return parts
+
+
+def _implies(zero: sympy.Expr, limited: sympy.Expr) -> bool:
+    """Whether `zero = 0` is known to imply `limited ≤ 0`."""
+    for symbol in zero.free_symbols & limited.free_symbols:
+        coefficient = zero.coeff(symbol)
+        rest = sympy.expand(zero - coefficient * symbol)
+        if coefficient in (1, -1) and not rest.has(symbol):
+            return bool(sympy.expand(limited.xreplace({symbol: -coefficient * rest})).is_nonpositive)
+    return False
 
 
 def if_else(condition: Formula, then: Formula, otherwise: Formula) -> Formula:
@@ -293,15 +306,24 @@ def free_symbols(formula: Formula) -> set[sympy.Basic]:
     return set().union(*(expression.free_symbols for expression in expressions(formula)))
 
 
+def map_atoms(formula: Formula, change: Callable[[Atom], Formula]) -> Formula:
+    """The formula with each atom replaced."""
+    if isinstance(formula, Atom):
+        return change(formula)
+    if isinstance(formula, Not):
+        return negation(change(formula.operand))
+    connect = conjunction if isinstance(formula, And) else disjunction
+    return connect(*(map_atoms(operand, change) for operand in formula.operands))
+
+
 def map_expressions(formula: Formula, change: Callable[[sympy.Expr], sympy.Expr]) -> Formula:
     """The formula with `change` applied to each atom's expression, in normal form again."""
-    if isinstance(formula, Atom):
-        changed = change(formula.expression)
-        return formula if changed == formula.expression else atom(formula.relation, changed)
-    if isinstance(formula, Not):
-        return negation(map_expressions(formula.operand, change))
-    connect = conjunction if isinstance(formula, And) else disjunction
-    return connect(*(map_expressions(operand, change) for operand in formula.operands))
+
+    def changed_atom(old: Atom) -> Formula:
+        changed = change(old.expression)
+        return old if changed == old.expression else atom(old.relation, changed)
+
+    return map_atoms(formula, changed_atom)
 
 
 def substitute(formula: Formula, substitution: Substitution) -> Formula:

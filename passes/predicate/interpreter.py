@@ -22,6 +22,7 @@ from nsa_compile.passes.predicate import (
 from nsa_compile.passes.predicate.constants import abstract_constant
 from nsa_compile.passes.predicate.formula import UnknownError, size_of
 from nsa_compile.passes.predicate.operations import Call, Operation, as_tensor, bind, find_operation, maker_of_item
+from nsa_compile.passes.predicate.overwriting import overwrite
 from nsa_compile.passes.predicate.tensor import (
     AbstractTensor,
     Leaf,
@@ -29,7 +30,7 @@ from nsa_compile.passes.predicate.tensor import (
     leaf_tensor,
     size_expression,
 )
-from nsa_compile.passes.predicate.writes import Writes, target_name
+from nsa_compile.passes.predicate.writes import Write, Writes, target_name
 from nsa_compile.passes.sites import Scope
 
 # Gives the value of a tensor that nothing can change unnoticed (a buffer, a constant), or None.
@@ -47,12 +48,14 @@ class Source:
     Attributes:
         node: the node that leaves the value.
         scope: the graph that holds it.
-        stale: a write through another view came between, so what is read is not `node`'s value.
+        stale: the memory was overwritten in between, and what it holds is not known.
+        patch: part of the memory was overwritten in between, last by this write.
     """
 
     node: fx.Node
     scope: Scope = dataclasses.field(compare=False)
     stale: bool = False
+    patch: Write | None = None
 
 
 class Interpreter:
@@ -101,9 +104,10 @@ class Interpreter:
         return self._values[root]
 
     def _order(self, source: Source) -> tuple[int, ...]:
-        """Place in the program, through the calls that lead to a body."""
-        node, scope = source.node, source.scope
-        order = [self.writes(scope).position(node)]
+        """Place in the program, through the calls that lead to a body; a patched tensor comes after its writer."""
+        scope = source.scope
+        made_by = source.node if source.patch is None else source.patch.writer
+        order = [self.writes(scope).position(made_by), source.patch is not None]
         while scope.parent is not None and scope.calls:
             order.insert(0, self.writes(scope.parent).position(scope.calls[0]))
             scope = scope.parent
@@ -111,10 +115,10 @@ class Interpreter:
 
     def _source(self, node: fx.Node, scope: Scope, place: int) -> Any:
         """The `Source` of what is read from `node` before `place`, followed out of bodies; or a constant."""
-        writes = self.writes(scope)
-        current = writes.value_at(node, place)
-        if current is None:
-            return Source(node, scope, stale=True)
+        write = self.writes(scope).last_write(node, place)
+        if write is not None and not write.whole:
+            return Source(node, scope, patch=write) if write.views else Source(node, scope, stale=True)
+        current = node if write is None else write.writer
         if current.op != "placeholder" or scope.parent is None or current not in scope.arguments:
             return Source(current, scope)
         argument, parent = scope.arguments[current], scope.parent
@@ -132,6 +136,10 @@ class Interpreter:
 
     def _needs(self, source: Source) -> list[Source]:
         """The values that must be known before the source's own can be computed."""
+        if source.patch is not None:
+            writer = source.patch.writer
+            before = self._source(source.node, source.scope, self.writes(source.scope).position(writer))
+            return [need for need in (before, Source(writer, source.scope)) if isinstance(need, Source)]
         operation = None if source.stale else self._operation(source.node)
         if operation is None or not operation.reads:
             return []
@@ -153,6 +161,8 @@ class Interpreter:
         node = source.node
         if source.stale:
             return leaf_tensor(self._make_leaf(source, "it is overwritten in place through another view"))
+        if source.patch is not None:
+            return self._patched(source, source.patch)
         operation = self._operation(node)
         if operation is None:
             constant = self._constant(source)
@@ -161,19 +171,12 @@ class Interpreter:
             outside = node.op in ("placeholder", "get_attr")
             cause = "it comes from outside the graph" if outside else f"the prover does not know {target_name(node)}"
             return leaf_tensor(self._make_leaf(source, cause))
-        result = _result(node)
-        assert result is not None  # noqa: S101  (an operation has a result)
-        call = Call(
-            node=node,
-            shape=tuple(size_expression(size) for size in result.shape),
-            dtype=result.dtype,
-            make_leaf=functools.partial(self._make_leaf, source),
-            leaf=self.leaf,
-        )
         try:
-            value = self._apply(operation, call, source)
+            value = self._apply(operation, self._call(source, _result(node).dtype), source)
             if size_of(value.value) > _LARGEST:
                 raise UnknownError("its value depends on too many conditions")
+            if value.rank != _result(node).dim():
+                raise UnknownError("its shape is not the one that the graph records")
         except UnknownError as error:
             return leaf_tensor(self._make_leaf(source, str(error)))
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
@@ -201,6 +204,42 @@ class Interpreter:
         if isinstance(argument, (tuple, list)):
             return type(argument)(self._argument(item, source) for item in argument)
         return argument
+
+    def _patched(self, source: Source, write: Write) -> AbstractTensor:
+        """A tensor part of which another node has overwritten through a view."""
+        before, written = (self._values[need] for need in self._needs(source))
+        try:
+            return overwrite(before, written, [self._view(view, source.scope) for view in write.views or ()])
+        except UnknownError as error:
+            stale = dataclasses.replace(source, patch=None, stale=True)
+            return leaf_tensor(self._make_leaf(stale, f"it is overwritten through a view: {error}"))
+
+    def _view(self, node: fx.Node, scope: Scope) -> Callable[[AbstractTensor], AbstractTensor]:
+        """What a view does to a tensor."""
+        source = Source(node, scope)
+        operation = self._operation(node)
+        if operation is None or maker_of_item(node) is not None:
+            raise UnknownError(f"the prover does not know the view {target_name(node)}")
+
+        def view(tensor: AbstractTensor) -> AbstractTensor:
+            bound = bind(operation.handler, self._call(source, tensor.dtype))
+            for name, argument in bound.arguments.items():
+                bound.arguments[name] = tensor if argument is node.args[0] else self._argument(argument, source)
+            return operation.handler(*bound.args, **bound.kwargs)
+
+        return view
+
+    def _call(self, source: Source, dtype: torch.dtype) -> Call:
+        result = _result(source.node)
+        if result is None:
+            raise UnknownError("it makes no tensor")
+        return Call(
+            node=source.node,
+            shape=tuple(size_expression(size) for size in result.shape),
+            dtype=dtype,
+            make_leaf=functools.partial(self._make_leaf, source),
+            leaf=self.leaf,
+        )
 
     def _constant(self, source: Source) -> AbstractTensor | None:
         if source.node.op not in ("placeholder", "get_attr") or self._read_constant is None:

@@ -48,7 +48,7 @@ def _transpose(call: Call, input: Any, dim0: Any, dim1: Any) -> AbstractTensor:
     return rearrange(tensor, call.shape, [axis(order[k]) for k in range(tensor.rank)])
 
 
-@operation("t", "mT", "T")
+@operation("t", "mT", "T", "numpy_T", "matrix_H", "adjoint")
 def _matrix_transpose(call: Call, input: Any) -> AbstractTensor:
     tensor = as_tensor(input)
     return _transpose(call, tensor, -2, -1) if tensor.rank > 1 else tensor

@@ -6,6 +6,7 @@ before that place has left.
 """
 
 import collections
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,10 @@ _INPLACE_OPERATORS = frozenset(
 )
 # End in an underscore but change nothing that a reader could see.
 _HARMLESS = frozenset({"requires_grad_", "share_memory_", "and_", "or_", "not_", "is_", "_set_grad_enabled"})
+
+_RESHAPING = frozenset(
+    {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "as_strided_"}
+)
 
 
 def target_name(node: fx.Node) -> str:
@@ -124,10 +129,14 @@ class Writes:
         self._position: dict[fx.Node, int] = {}
         # Storage -> nodes that write it, with the node they write through, in program order.
         self._writers: dict[int, list[tuple[fx.Node, fx.Node]]] = collections.defaultdict(list)
+        # Storages whose tensors change their shape in place: the shapes that the graph records are the last ones.
+        self._reshaped: set[int | None] = set()
         for number, node in enumerate(graph.nodes):
             self._position[node] = number
             for written in written_by(node):
                 storage = self.storage(written)
+                if target_name(node) in _RESHAPING:
+                    self._reshaped.add(storage)
                 if storage is not None:
                     self._writers[storage].append((node, written))
 
@@ -164,29 +173,60 @@ class Writes:
             if self._position[writer] > start:
                 yield writer, through
 
-    def value_at(self, node: fx.Node, place: int) -> fx.Node | None:
-        """The node whose result is what a reader of `node` at `place` sees.
-
-        Returns:
-            `node` itself, or the in-place writer that left the value; None where a write through another view
-            has changed the tensor in a way that no single node describes.
-        """
-        current = node
+    def last_write(self, node: fx.Node, place: int) -> "Write | None":
+        """The last write to the node's memory between the node and `place`; None where there is none."""
+        found = None
         for writer, through in self.between(node, self._position[node], place):
-            if _geometry(through) != _geometry(node) or not _leaves_result(writer, through):
-                return None
-            current = writer
-        return current
+            found = (writer, through)
+        if self.storage(node) in self._reshaped:
+            return Write(node, node, whole=False, views=None)
+        if found is None:
+            return None
+        writer, through = found
+        describes = _leaves_result(writer, through)
+        if geometry(through) == geometry(node) and describes:
+            return Write(writer, through, whole=True)
+        return Write(writer, through, whole=False, views=_views_between(through, node) if describes else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """A write in place, as a reader of the memory sees it.
+
+    Attributes:
+        writer: the node that writes; what it computes is what it leaves in the tensor it writes through.
+        through: the node that it writes through.
+        whole: whether that is the reader's tensor, in the same geometry.
+        views: otherwise, the views that lead from the reader's tensor to the written one, outermost last; None where
+            that is not known.
+    """
+
+    writer: fx.Node
+    through: fx.Node
+    whole: bool
+    views: tuple[fx.Node, ...] | None = None
+
+
+def _views_between(view: fx.Node, base: fx.Node) -> tuple[fx.Node, ...] | None:
+    """The nodes that make `view` from `base` (or from another name of it), first argument by first argument."""
+    views: list[fx.Node] = []
+    while geometry(view) != geometry(base):
+        parent = view.args[0] if view.args else None
+        if not isinstance(parent, fx.Node) or Writes.storage(parent) != Writes.storage(base):
+            return None
+        views.insert(0, view)
+        view = parent
+    return tuple(views)
 
 
 def _leaves_result(writer: fx.Node, through: fx.Node) -> bool:
     """Whether what the writer leaves in the tensor is what it computes (and not a side effect of something else)."""
     if target_name(writer) in ("setitem", "__setitem__"):
         return True
-    return Writes.storage(writer) == Writes.storage(through) and _geometry(writer) == _geometry(through)
+    return Writes.storage(writer) == Writes.storage(through) and geometry(writer) == geometry(through)
 
 
-def _geometry(node: fx.Node) -> tuple[Any, ...]:
+def geometry(node: fx.Node) -> tuple[Any, ...]:
     """Dtype, sizes, strides and offset: nodes of the same memory and geometry are the same tensor."""
     tensor = tensor_of(node)
     if tensor is None:

@@ -34,7 +34,7 @@ def selected(q, k, scores):
 
 def overwritten(q, k):
     mask = causal(q, k).clone()
-    mask.transpose(0, 1).copy_(torch.ones_like(mask))
+    mask.view(-1)[::2].fill_(True)
     return mask & causal(q, k)
 
 

@@ -82,12 +82,38 @@ def test_writes_in_place_count_in_program_order(oracle, name):
     assert getattr(proof, "text", proof) == words
 
 
-def test_a_write_through_part_of_the_mask_is_declined(oracle):
-    def program(q, k):
-        mask = causal(q, k).clone()
-        mask[0].fill_(True)
-        return mask
+def through_views(q, k, m):
+    mask = torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool)
+    mask.transpose(0, 1)[:, :].copy_(causal(q, k).T)
+    mask[:, 0].fill_(True)
+    return mask & m.bool()[:, None, None]
 
+
+@pytest.mark.parametrize("strict", [None, False, True])
+def test_writes_through_views_count(oracle, strict):
+    if strict is None:
+        proof = oracle.prove_program(through_views, PAD)
+    else:
+        inputs = (torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4), PAD)
+        exported = torch.export.export(Masked(through_views), inputs, strict=strict).graph_module
+        proof = oracle.prove(exported, oracle.sites(exported)[0])
+    assert getattr(proof, "text", proof) == "causal, padding"
+    if strict is not None:
+        proof.check(inputs)
+
+
+def reshaped_in_place(q, k):
+    return causal(q, k).unsqueeze_(0)
+
+
+def written_with_a_step(q, k):
+    mask = torch.zeros(q.shape[2], k.shape[2], dtype=torch.bool)
+    mask[::2].fill_(True)
+    return mask & causal(q, k)
+
+
+@pytest.mark.parametrize("program", [reshaped_in_place, written_with_a_step])
+def test_writes_that_are_not_followed_are_declined(oracle, program):
     oracle.assert_declined(oracle.prove_program(program), Reason.MUTATED_MASK)
 
 
