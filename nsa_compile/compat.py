@@ -41,7 +41,7 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> dic
     """
     wrapper = _private("torch", "_TorchCompileInductorWrapper", "options of Inductor are not checked.")
     if wrapper is None:
-        return {**torch._inductor.list_mode_options(mode), **(options or {})}
+        return {**torch._inductor.list_mode_options(mode or "default"), **(options or {})}
     inductor = wrapper(mode, None, None)
     inductor.apply_options(dict(options or {}))
     return dict(inductor.config)
