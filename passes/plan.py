@@ -148,11 +148,11 @@ class _Policy:
         device = tensor.device.type
         if dtype not in _DTYPES.get(device, _DTYPES["other"]):
             return Rejection(Reason.UNSUPPORTED_DTYPE, f"The dtype is {dtype} on {device}.")
-        sizes = (site.query.shape[3], site.value.shape[3])
-        if not all(isinstance(size, int) for size in sizes):
-            return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, f"The head sizes {sizes} are not constant.")
+        sizes = [_specialized(size) for size in (site.query.shape[3], site.value.shape[3])]
+        if not all(map(math.isfinite, sizes)):
+            return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, "The head size is not known before the graph runs.")
         if device == "cuda" and max(sizes) > MAX_HEAD_SIZE:
-            return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, f"A head size of {sizes} is above {MAX_HEAD_SIZE}.")
+            return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, f"A head size of {max(sizes):g} is above {MAX_HEAD_SIZE}.")
         return None
 
     def _not_wanted(self, site: AttentionSite) -> Rejection | None:
@@ -204,9 +204,9 @@ def _scale(site: AttentionSite) -> float | None:
     return math.prod(parts, start=1.0 if site.scale is None else site.scale)
 
 
-def _specialized(node: fx.Node) -> float:
+def _specialized(number_or_node: fx.Node | Size) -> float:
     """Fixes a symbolic number by a guard, where Dynamo compiles; NaN where it cannot be fixed."""
-    number, value = number_of(node), recorded_value(node)
+    number, value = number_of(number_or_node), recorded_value(number_or_node)
     if number is None and isinstance(value, torch.SymFloat | torch.SymInt) and torch._guards.TracingContext.try_get():
         with contextlib.suppress(GuardOnDataDependentSymNode):
             number = float(value)

@@ -87,8 +87,9 @@ class ScoreReader:
 
     def _follow(self, state: _State, reader: fx.Node) -> Scores | Problem:
         while True:
-            node = self._writes.value_at(state.node, self._writes.position(reader))
-            if node is None:
+            write = self._writes.last_write(state.node, self._writes.position(reader))
+            node = state.node if write is None else write.writer
+            if write is not None and not write.whole:
                 return Problem(Reason.UNKNOWN_SPELLING, f"A part of {state.node} is written in place.", (state.node,))
             state = dataclasses.replace(state, node=node)
             if is_contraction(node):

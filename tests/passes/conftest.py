@@ -296,6 +296,7 @@ def rewrite(
     config: NSAConfig = COVERING,
     dynamic: bool | None = None,
     gradients: bool = False,
+    compiled: bool = False,
     seen: Callable[..., Any] = lambda output: output,
     **kwargs: Any,
 ) -> Outcome:
@@ -305,6 +306,7 @@ def rewrite(
         function: a module or function.
         config: the configuration; by default NSA equals dense attention.
         gradients: compare gradients of the inputs (and parameters) too.
+        compiled: trace the rewritten graphs by AOTAutograd, rather than run them node by node.
         seen: what of the output to compare.
     """
     outcome = Outcome([], [], [])
@@ -315,11 +317,11 @@ def rewrite(
         apply_plan(graph_module, plan)
         outcome.decisions += plan.decisions
         outcome.graphs.append(graph_module)
-        return aot_eager(graph_module, example_inputs) if gradients else graph_module.forward
+        return aot_eager(graph_module, example_inputs) if compiled else graph_module.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, backend=backend, dynamic=dynamic)
-    for name, call in (("expected", function), ("output", compiled)):
+    rewritten = torch.compile(function, backend=backend, dynamic=dynamic)
+    for name, call in (("expected", function), ("output", rewritten)):
         inputs = copy.deepcopy((args, kwargs))
         with contextlib.nullcontext() if gradients else torch.no_grad():
             result = seen(call(*inputs[0], **inputs[1]))
