@@ -63,7 +63,9 @@ def key_range(
 
 
 @triton.jit
-def load_tile(pointer, rows, columns, stride, row_mask, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(
+    pointer, rows, columns, stride, row_mask, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
     """Loads a [rows, columns] tile, zero where masked; `columns` is padded to BLOCK when COLUMNS is no power of two."""
     pointers = pointer + rows[:, None] * stride + columns[None, :]
     if COLUMNS == BLOCK:
@@ -138,22 +140,22 @@ def forward_step(
 def flash_forward(
     query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, output_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    H, T, S, N, window, local_blocks, initial, token_start, token_end, scale_log2,
+    H, T, S, N, window, local_blocks, initial, scale_log2,
     GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr,
     LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse for the tokens [token_start, token_end) of one query head."""
+    """Output and lse for BLOCK_M tokens of one query head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: heaviest tiles first
     batch = tl.program_id(1) // H
     head = tl.program_id(1) % H
     rows = tl.arange(0, BLOCK_M)
-    tile_start = token_start + tile * BLOCK_M
+    tile_start = tile * BLOCK_M
     tokens = tile_start + rows
-    stored = tokens < token_end
-    first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    stored = tokens < T
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, T, T, S, IS_CAUSAL, HAS_INTERVAL)
     low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
 
     query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
@@ -211,7 +213,7 @@ def flash_forward(
 @triton.jit
 def output_dot_gradient(output_ptr, grad_ptr, delta_ptr, stride_gb, stride_gh, stride_gt, H, T,
                         DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """delta = Σ_dv output · grad_output for each row: what the softmax's backward subtracts."""
+    """Delta = Σ_dv output · grad_output for each row: what the softmax's backward subtracts."""
     batch = tl.program_id(1) // H
     head = tl.program_id(1) % H
     tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -251,22 +253,22 @@ def flash_query_gradient(
     query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, grad_ptr, lse_ptr, delta_ptr, grad_query_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gt,
-    H, T, S, N, window, local_blocks, initial, token_start, token_end, scale, scale_log2,
+    H, T, S, N, window, local_blocks, initial, scale, scale_log2,
     GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries, tokens [token_start, token_end) of one head."""
+    """Gradient of the queries for BLOCK_M tokens of one head."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // H
     head = tl.program_id(1) % H
     rows = tl.arange(0, BLOCK_M)
-    tile_start = token_start + tile * BLOCK_M
+    tile_start = tile * BLOCK_M
     tokens = tile_start + rows
-    stored = tokens < token_end
-    first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+    stored = tokens < T
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, T, T, S, IS_CAUSAL, HAS_INTERVAL)
     low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
 
     query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
@@ -289,8 +291,9 @@ def flash_query_gradient(
         initial_high = tl.where(last >= first, tl.minimum(initial, low), 0) - 1
         for start in range(0, tl.max(initial_high) + 1, BLOCK_N):
             accumulator = query_gradient_step(
-                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, rows * 0, initial_high,
-                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
+                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, rows * 0,
+                initial_high, N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True,
+                PRECISION,
             )  # fmt: skip
     loop_start, full_start, full_end, loop_end = tile_bounds(low, high, BLOCK_N)
     for start in range(loop_start, full_start, BLOCK_N):
@@ -441,7 +444,9 @@ def flash_key_gradient(
     row = (tl.program_id(1).to(tl.int64) * key_limit + keys)[:, None]
     if HAS_BASE:
         grad_key = tl.load(base_key_ptr + row * D + d[None, :], mask=stored[:, None] & (d < D)[None, :], other=0.0)
-        grad_value = tl.load(base_value_ptr + row * DV + dv[None, :], mask=stored[:, None] & (dv < DV)[None, :], other=0.0)
+        grad_value = tl.load(
+            base_value_ptr + row * DV + dv[None, :], mask=stored[:, None] & (dv < DV)[None, :], other=0.0
+        )
     else:
         grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)

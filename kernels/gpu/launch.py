@@ -41,6 +41,7 @@ class KeyGeometry:
     empty: bool = False
 
     def constants(self) -> dict[str, int]:
+        """The compile-time part."""
         return {"LENGTH": self.length, "STRIDE": self.stride, "SELECTION_BLOCK": self.selection_block}
 
 
@@ -60,6 +61,7 @@ class Intervals(NamedTuple):
         return self.first, self.last, valid
 
     def constants(self) -> dict[str, bool]:
+        """The compile-time part."""
         return {
             "IS_CAUSAL": self.is_causal,
             "HAS_INTERVAL": self.first is not None,
@@ -132,9 +134,8 @@ def flash_forward(
     scale: float,
     output: Tensor | None,
     lse: Tensor,
-    tokens: tuple[int, int] | None = None,
 ) -> None:
-    """Writes output [B, H, T, D_v] and lse [B, H, T] of the tokens [start, end) (all, when None).
+    """Writes output [B, H, T, D_v] and lse [B, H, T].
 
     Without `output` only the lse is worked out, and the values are not read.
 
@@ -147,22 +148,21 @@ def flash_forward(
         scale: factor on the logits.
         output: contiguous; written.
         lse: contiguous float32; written, natural logarithm.
-        tokens: the range to compute.
     """
     B, H, T, _ = query.shape
-    start, end = tokens or (0, T)
-    if start == end or B == 0:
+    if T == 0 or B == 0:
         return
     sizes = tile_sizes("forward", geometry, query, value)
-    grid = (triton.cdiv(end - start, sizes["BLOCK_M"]), B * H)
+    grid = (triton.cdiv(T, sizes["BLOCK_M"]), B * H)
     lse_only = output is None
     output = lse if output is None else output
     flash.flash_forward[grid](
         query, key, value, *intervals.pointers(query), output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
-        start, end, scale * LOG2_E,
-        HAS_INITIAL=geometry.initial > 0, LSE_ONLY=lse_only, **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
+        scale * LOG2_E,
+        HAS_INITIAL=geometry.initial > 0, LSE_ONLY=lse_only,
+        **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 
 
@@ -190,23 +190,21 @@ def flash_query_gradient(
     lse: Tensor,
     delta: Tensor,
     grad_query: Tensor,
-    tokens: tuple[int, int] | None = None,
 ) -> None:
-    """Writes grad_query [B, H, T, D] of the tokens [start, end); arguments as in `flash_forward`.
+    """Writes grad_query [B, H, T, D]; arguments as in `flash_forward`.
 
     `grad` is the output's gradient, `lse` and `delta` belong to the whole softmax.
     """
     B, H, T, _ = query.shape
-    start, end = tokens or (0, T)
-    if start == end or B == 0:
+    if T == 0 or B == 0:
         return
     sizes = tile_sizes("query_gradient", geometry, query, value)
-    grid = (triton.cdiv(end - start, sizes["BLOCK_M"]), B * H)
+    grid = (triton.cdiv(T, sizes["BLOCK_M"]), B * H)
     flash.flash_query_gradient[grid](
         query, key, value, *intervals.pointers(query), grad, lse, delta, grad_query,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
-        start, end, scale, scale * LOG2_E,
+        scale, scale * LOG2_E,
         HAS_INITIAL=geometry.initial > 0,
         **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
@@ -227,10 +225,8 @@ def flash_key_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of key [B, H_kv, N, D] and value [B, H_kv, N, D_v]; arguments as in `flash_query_gradient`.
 
-    Args:
-        base: float32 gradients to start from, the keys' not yet multiplied by the scale.
-        initial_only: only the share of the first `geometry.initial` keys, as float32 [B, H_kv, initial, ·] (base-like:
-            the keys' is not multiplied by the scale).
+    With `base`, starts from these float32 gradients, the keys' not yet multiplied by the scale.  With `initial_only`,
+    only the share of the first `geometry.initial` keys, [B, H_kv, initial, ·] in that same form.
     """
     B, H, T, D = query.shape
     H_kv, N, DV = key.shape[1], key.shape[2], value.shape[-1]

@@ -62,7 +62,8 @@ def attend_listed(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H_kv, T, S, num_blocks, window, local_blocks, initial, token_start, token_end, scale_log2,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_DENSE: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -135,9 +136,7 @@ def attend_listed(
             active = used & (member < GROUP)
             heads = kv_head * GROUP + member
             pointers = query_base + heads.to(tl.int64) * stride_qh + tokens.to(tl.int64) * stride_qt
-            query = tl.load(
-                pointers[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0
-            )
+            query = tl.load(pointers[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0)
             logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
             logits = tl.where(seen, logits, float("-inf"))
             maximum = tl.max(logits, 1)
@@ -164,12 +163,16 @@ def listed_gradient(
     stride_gb, stride_gh, stride_gt,
     H_kv, T, S, num_blocks, window, local_blocks, token_start, token_end, scale, scale_log2,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_DENSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds one block's share to grad_key, grad_value [B, H_kv, S, ·] float32 (keys' without the scale), and writes
-    what it adds to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D]."""
+    """Gradients that pass through one block of keys, for the (token, slot) pairs that list it.
+
+    Adds to grad_key and grad_value [B, H_kv, S, ·] float32, the keys' without the scale; writes what the block gives
+    to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].
+    """
     pair = tl.program_id(1)
     batch = pair // H_kv
     kv_head = pair % H_kv
@@ -219,7 +222,9 @@ def listed_gradient(
             member = group_start + rows % GROUP_BLOCK
             active = used & (member < GROUP)
             heads = (kv_head * GROUP + member).to(tl.int64)
-            query_rows = query_ptr + batch.to(tl.int64) * stride_qb + heads * stride_qh + tokens.to(tl.int64) * stride_qt
+            query_rows = (
+                query_ptr + batch.to(tl.int64) * stride_qb + heads * stride_qh + tokens.to(tl.int64) * stride_qt
+            )
             grad_rows = grad_ptr + batch.to(tl.int64) * stride_gb + heads * stride_gh + tokens.to(tl.int64) * stride_gt
             query = tl.load(query_rows[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0)
             grad = tl.load(grad_rows[:, None] + dv[None, :], mask=active[:, None] & (dv < DV)[None, :], other=0.0)
@@ -258,7 +263,7 @@ def merge_outputs(
     NUM_LISTED: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
 ):  # fmt: skip
-    """One softmax of partial outputs [B, token, slot·SUB + sub, H, DV] and, with HAS_DENSE, of what output and lse hold.
+    """One softmax of partial outputs [B, token, slot·SUB + sub, H, DV] and, with HAS_DENSE, the output and lse so far.
 
     Rows are tokens x heads of a group.  Writes output [B, H, T, DV] and lse [B, H, T], natural logarithm.
     """
@@ -281,7 +286,9 @@ def merge_outputs(
         maximum = tl.load(lse_ptr + target, mask=stored, other=float("-inf")) * 1.4426950408889634
         some = maximum > float("-inf")
         total = tl.where(some, 1.0, 0.0)
-        accumulator = tl.load(output_ptr + target[:, None] * DV + columns[None, :], mask=some[:, None] & wide, other=0.0)
+        accumulator = tl.load(
+            output_ptr + target[:, None] * DV + columns[None, :], mask=some[:, None] & wide, other=0.0
+        )
         accumulator = accumulator.to(tl.float32)
     else:
         maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -78,7 +78,10 @@ def _selected_geometry(
     plain = intervals.first is None and intervals.valid is None and intervals.is_causal
     if plain and num_local:
         return KeyGeometry(
-            num_keys, local_blocks=num_local, initial=min(num_initial * selection_block, num_keys), selection_block=selection_block
+            num_keys,
+            local_blocks=num_local,
+            initial=min(num_initial * selection_block, num_keys),
+            selection_block=selection_block,
         )
     return KeyGeometry(num_keys, selection_block=selection_block, empty=True)
 
@@ -159,13 +162,18 @@ def _merge(
     tile = _merge_tile(group)
     group_block = tile["GROUP_BLOCK"]
     first, last, _ = intervals.pointers(block_indices)
-    grid = (triton.cdiv(tokens[1] - tokens[0], tile["BLOCK_M"] // group_block), B * H_kv, triton.cdiv(group, group_block))
+    grid = (
+        triton.cdiv(tokens[1] - tokens[0], tile["BLOCK_M"] // group_block),
+        B * H_kv,
+        triton.cdiv(group, group_block),
+    )
     if grid[1] == 0:
         return
     kernel[grid](
         block_indices, first, last, *tensors,
         H_kv, T, geometry.num_tokens, geometry.window, geometry.local_blocks, geometry.initial, *tokens,
-        GROUP=group, SUB=sub, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, IS_CAUSAL=intervals.is_causal, HAS_INTERVAL=intervals.first is not None,
+        GROUP=group, SUB=sub, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
+        IS_CAUSAL=intervals.is_causal, HAS_INTERVAL=intervals.first is not None,
         HAS_DENSE=not geometry.empty, **tile, **widths,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "explain": "nsa_compile.cli.explain",
     "rewrite": "nsa_compile.cli.rewrite",
     "doctor": "nsa_compile.cli.doctor",
+    "bench": "nsa_compile.cli.bench",
 }
 
 

@@ -5,6 +5,7 @@ A process of its own: TRITON_INTERPRET must be set before a kernel is defined.  
 
 import json
 import os
+import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -37,7 +38,9 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def run(B: int, H: int, H_kv: int, T: int, S: int, D: int, DV: int, dtype: torch.dtype, visibility: str, limit: int) -> dict:
+def run(
+    B: int, H: int, H_kv: int, T: int, S: int, D: int, DV: int, dtype: torch.dtype, visibility: str, limit: int
+) -> dict:
     torch.manual_seed(torch.seed() % 2**31)
     selected.PARTIAL_BYTES = limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
@@ -54,7 +57,9 @@ def run(B: int, H: int, H_kv: int, T: int, S: int, D: int, DV: int, dtype: torch
     errors: dict[str, float] = {}
     grad = torch.randn(B, H, T, DV, dtype=dtype)
 
-    def compare(name: str, module, tensors: tuple[Tensor, ...], key_valid: Tensor | None, attributes: dict, extra: dict) -> None:
+    def compare(
+        name: str, module, tensors: tuple[Tensor, ...], key_valid: Tensor | None, attributes: dict, extra: dict
+    ) -> None:
         arguments = (*tensors, first, last, key_valid)
         output, lse = getattr(module, name)(*arguments, **attributes)
         double = [each.detach().double().requires_grad_() for each in tensors[:3]]
@@ -62,19 +67,25 @@ def run(B: int, H: int, H_kv: int, T: int, S: int, D: int, DV: int, dtype: torch
         errors[name] = error(output, expected)
         errors[f"{name} lse"] = error(lse.exp(), expected_lse.exp())
         gradients = getattr(module, f"{name}_backward")(grad, *arguments, output, lse, **attributes)
-        for letter, one, other in zip("qkv", gradients, torch.autograd.grad(expected, double, grad.double()), strict=True):
+        for letter, one, other in zip(
+            "qkv", gradients, torch.autograd.grad(expected, double, grad.double()), strict=True
+        ):
             errors[f"{name} grad {letter}"] = error(one, other)
 
     base = {"is_causal": True, "scale": scale}
     compressed_key, compressed_value = mean_compress(key, **compression), mean_compress(value, **compression)
     whole = None if valid is None else valid.unfold(1, 8, 4).all(-1)
     numbers = {**compression, "num_keys": S}
-    compare("compressed_attention", compressed, (query, compressed_key, compressed_value), whole, base | numbers, numbers)
+    compare(
+        "compressed_attention", compressed, (query, compressed_key, compressed_value), whole, base | numbers, numbers
+    )
     compare("window_attention", window, (query, key, value), valid, {**base, "window": 20}, {"window": 20})
     choice = {"selection_block": 16, "num_selected": 4, "num_initial": 1, "num_local": 2}
     lists = reference.select_blocks(query, compressed_key, scale=scale, **numbers, **choice, **sight)
     if valid is None:
-        chosen = selection.select_blocks(query, compressed_key, None, first, last, None, None, **base, **numbers, **choice)
+        chosen = selection.select_blocks(
+            query, compressed_key, None, first, last, None, None, **base, **numbers, **choice
+        )
         errors["select_blocks"] = float((chosen != lists).float().mean())
     forced = {"num_initial": 1, "num_local": 2}
     blocks = {"selection_block": 16}
@@ -86,4 +97,5 @@ def run(B: int, H: int, H_kv: int, T: int, S: int, D: int, DV: int, dtype: torch
 
 if __name__ == "__main__":
     for name, case in CASES.items():
-        print(json.dumps({"case": name, "errors": run(*case)}), flush=True)
+        sys.stdout.write(json.dumps({"case": name, "errors": run(*case)}) + "\n")
+        sys.stdout.flush()

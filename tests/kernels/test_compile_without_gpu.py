@@ -52,7 +52,9 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
         "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "top_blocks", "route_entries",
         "attend_listed", "listed_gradient", "merge_outputs", "merge_query_gradients",
     }  # fmt: skip
-    over = {kernel.name: kernel.shared for kernel in compiled if kernel.shared > compiler.SHARED_MEMORY_LIMIT[capability]}
+    over = {
+        kernel.name: kernel.shared for kernel in compiled if kernel.shared > compiler.SHARED_MEMORY_LIMIT[capability]
+    }
     assert over == {}
     if capability >= 90:
         assert all(kernel.warpgroup_mma for kernel in compiled if kernel.name == "flash_forward")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_compile import NSAConfig, nsa_attention
@@ -120,7 +119,7 @@ def test_branch_equals_reference(name: str, case: tuple) -> None:
 @pytest.mark.parametrize("with_lse", [True, False], ids=["gated", "joint"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_lists_equal_reference(case: tuple, with_lse: bool) -> None:
-    query, key, value, sight = draw(*case)
+    query, key, _, sight = draw(*case)
     config = NSAConfig(combine="joint")
     S, scale = key.shape[2], query.shape[-1] ** -0.5
     compressed_key = mean_compress(key, **COMPRESSION)
@@ -154,7 +153,7 @@ def test_joint_with_full_coverage_equals_sdpa() -> None:
     query, key, value, _ = draw(8, 2, 3000, 3000, 128, 128, torch.bfloat16, "causal")
     config = NSAConfig(num_selected=64)
     output = nsa_attention(query, key, value, config=config)
-    expected = F.scaled_dot_product_attention(
+    expected = torch.nn.functional.scaled_dot_product_attention(
         query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True
     )
     assert relative_error(output, expected) < BUDGET[torch.bfloat16]

@@ -1,0 +1,368 @@
+"""Times Native Sparse Attention and dense attention side by side, stage by stage, after checking that it is right.
+
+A speedup is reported only when the check passed.  All times of one `Benchmark` come from one run on one device.
+"""
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nsa_compile.config import NSAConfig
+from nsa_compile.kernels import reference
+from nsa_compile.kernels.compression import mean_compress
+from nsa_compile.operator import nsa_attention
+
+Kind = Literal["random", "correlated"]
+# Relative error of an output against float64; a few roundings of the inputs' dtype.
+_BUDGET = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# Share of queries whose list equals the reference's: scores nearer to each other than float32 rounding may swap.
+_EQUAL_LISTS = 0.99
+_DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_CHECKED_TOKENS = 1536
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention: B, H, H_kv, T = S, D, D_v."""
+
+    batch: int = 1
+    heads: int = 64
+    kv_heads: int = 4
+    tokens: int = 65_536
+    head_size: int = 128
+    value_size: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One timed thing.
+
+    Attributes:
+        name: such as "select_blocks" or "dense cudnn forward".
+        milliseconds: median time.
+        tflops: 10^12 floating-point operations a second that its matrix products amount to; None where not counted.
+    """
+
+    name: str
+    milliseconds: float
+    tflops: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What was measured.
+
+    Attributes:
+        device: name of the device.
+        shape: sizes.
+        config: configuration.
+        kind: how inputs were drawn.
+        errors: results of the check, by what was checked.
+        correct: whether the check passed.
+        ceilings: the device's measured rates: "tflops" of a large matrix product, "gigabytes" a second of a copy.
+        stages: times.
+        extra_bytes: peak memory of a forward pass beyond its inputs; None where it is not known.
+    """
+
+    device: str
+    shape: Shape
+    config: NSAConfig
+    kind: Kind
+    errors: Mapping[str, float]
+    correct: bool
+    ceilings: Mapping[str, float]
+    stages: tuple[Stage, ...]
+    extra_bytes: int | None
+
+    def milliseconds(self, name: str) -> float | None:
+        """Returns the time of a stage, or None if it was not timed."""
+        return next((stage.milliseconds for stage in self.stages if stage.name == name), None)
+
+    def speedup(self, direction: str) -> float | None:
+        """Returns how many times faster than the fastest dense attention, for "forward" or "forward+backward".
+
+        None when the check failed or there is nothing to compare with.
+        """
+        dense = [
+            stage.milliseconds
+            for stage in self.stages
+            if stage.name.startswith("dense") and stage.name.endswith(f" {direction}")
+        ]
+        nsa = self.milliseconds(f"nsa {direction}")
+        return min(dense) / nsa if self.correct and dense and nsa else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for JSON."""
+        speedups = {direction: self.speedup(direction) for direction in ("forward", "forward+backward")}
+        return {**dataclasses.asdict(self), "speedup": speedups}
+
+    def __str__(self) -> str:
+        shape = self.shape
+        verdict = "passed" if self.correct else "FAILED, so no speedup is given"
+        errors = ", ".join(f"{name} {value:.2g}" for name, value in self.errors.items())
+        rates = self.ceilings
+        sizes = f"B={shape.batch} H={shape.heads} H_kv={shape.kv_heads} T={shape.tokens:,}"
+        heads = f"D={shape.head_size} D_v={shape.value_size}"
+        lines = [
+            f"{self.device}: {sizes} {heads}, {self.config.combine}, {self.kind} inputs",
+            f"check: {verdict} ({errors})",
+            f"ceilings: {rates['tflops']:.1f} TFLOP/s matrix product, {rates['gigabytes']:.0f} GB/s copy",
+        ]
+        width = max(len(stage.name) for stage in self.stages)
+        for stage in self.stages:
+            rate = ""
+            if stage.tflops is not None:
+                rate = f"  {stage.tflops:8.2f} TFLOP/s  {stage.tflops / rates['tflops']:5.0%} of the ceiling"
+            lines.append(f"  {stage.name:{width}}  {stage.milliseconds:10.3f} ms{rate}")
+        if self.extra_bytes is not None:
+            lines.append(f"extra memory of a forward pass: {self.extra_bytes / 2**30:.2f} GiB")
+        for direction in ("forward", "forward+backward"):
+            speedup = self.speedup(direction)
+            if speedup is not None:
+                lines.append(f"{direction}: {speedup:.2f} times the fastest dense attention's speed")
+        return "\n".join(lines)
+
+
+def draw_inputs(shape: Shape, kind: Kind, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draws query, key, value and gates; "correlated" tokens resemble their neighbours, as in trained models."""
+
+    def rows(heads: int, size: int) -> Tensor:
+        def noise(length: int) -> Tensor:
+            return torch.randn(shape.batch, heads, length, size, device=device, dtype=dtype)
+
+        if kind == "random":
+            return noise(shape.tokens)
+        slow, quick = (
+            noise(shape.tokens // span + 1).repeat_interleave(span, 2)[:, :, : shape.tokens] for span in (64, 8)
+        )
+        return 0.8 * slow + 0.5 * quick + 0.33 * noise(shape.tokens)
+
+    gates = torch.rand(shape.batch, shape.heads, shape.tokens, 3, device=device, dtype=dtype)
+    return (
+        rows(shape.heads, shape.head_size),
+        rows(shape.kv_heads, shape.head_size),
+        rows(shape.kv_heads, shape.value_size),
+        gates,
+    )
+
+
+def run_benchmark(
+    shape: Shape,
+    config: NSAConfig,
+    *,
+    kind: Kind = "random",
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    backward: bool = True,
+    progress: Callable[[str], object] = str,
+) -> Benchmark:
+    """Checks, then times.
+
+    Args:
+        shape: sizes.
+        config: configuration with mean compression.
+        kind: "random" or "correlated" inputs.
+        device: where to run.
+        dtype: of the inputs.
+        backward: whether to time forward+backward too.
+        progress: called with a line before each step.
+    """
+    progress("checking against float64")
+    checked = dataclasses.replace(shape, tokens=min(shape.tokens, _CHECKED_TOKENS), batch=1)
+    errors, correct = _check(checked, config, kind, device, dtype)
+    progress("measuring the device's ceilings")
+    ceilings = _ceilings(device, dtype)
+    query, key, value, gates = draw_inputs(shape, kind, device, dtype)
+    given = gates if config.combine == "gated" else None
+    stages: list[Stage] = []
+
+    def add(name: str, call: Callable[[], Any]) -> Any:
+        progress(f"timing {name}")
+        with FlopCounterMode(display=False) as counter:
+            result = call()
+        milliseconds = _time(call, device)
+        flops = counter.get_total_flops()
+        stages.append(Stage(name, milliseconds, flops / milliseconds / 1e9 if flops else None))
+        return result
+
+    with torch.no_grad():
+        _time_stages(query, key, value, config, add)
+        extra = _extra_bytes(lambda: nsa_attention(query, key, value, config=config, gates=given), device)
+        add("nsa forward", lambda: nsa_attention(query, key, value, config=config, gates=given))
+    leaves = [each.detach().requires_grad_() for each in (query, key, value)]
+    grad = torch.randn(*query.shape[:3], shape.value_size, device=device, dtype=dtype)
+    if backward:
+        trained = [*leaves] if given is None else [*leaves, given.requires_grad_()]
+        add(
+            "nsa forward+backward",
+            lambda: torch.autograd.grad(nsa_attention(*leaves, config=config, gates=given), trained, grad),
+        )
+
+    def dense() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+
+    for name, backend in _dense_backends(leaves):
+        with backend():
+            with torch.no_grad():
+                add(f"dense {name} forward", dense)
+            if backward:
+                add(f"dense {name} forward+backward", lambda: torch.autograd.grad(dense(), leaves, grad))
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    return Benchmark(name, shape, config, kind, errors, correct, ceilings, tuple(stages), extra)
+
+
+def _stage_arguments(
+    query: Tensor, key: Tensor, config: NSAConfig
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    causal = {"is_causal": True, "scale": query.shape[-1] ** -0.5}
+    compression = {"block_length": config.block_length, "block_stride": config.block_stride}
+    blocks = {
+        "selection_block": config.selection_block,
+        "num_initial": config.num_initial,
+        "num_local": config.num_local,
+    }
+    return causal, {**compression, "num_keys": key.shape[2]}, blocks
+
+
+def _time_stages(query: Tensor, key: Tensor, value: Tensor, config: NSAConfig, add: Callable[..., Any]) -> None:
+    """Times the parts of a forward pass, as kernels/attention.py calls them."""
+    causal, numbers, blocks = _stage_arguments(query, key, config)
+    compression = {"block_length": config.block_length, "block_stride": config.block_stride}
+    nothing = (None, None, None)
+    compressed_key = add("compress keys", lambda: mean_compress(key, **compression))
+    lse = None
+    if config.combine == "gated":
+        compressed_value = mean_compress(value, **compression)
+        _, lse = add(
+            "compressed_attention",
+            lambda: torch.ops.nsa.compressed_attention(
+                query, compressed_key, compressed_value, *nothing, **causal, **numbers
+            ),
+        )
+    lists = add(
+        "select_blocks",
+        lambda: torch.ops.nsa.select_blocks(
+            query, compressed_key, lse, *nothing, None, **causal, **numbers, **blocks, num_selected=config.num_selected
+        ),
+    )
+    if config.combine == "joint":
+        add(
+            "joint_attention",
+            lambda: torch.ops.nsa.joint_attention(
+                query, key, value, lists, *nothing, **causal, **blocks, window=config.window
+            ),
+        )
+        return
+    add(
+        "selected_attention",
+        lambda: torch.ops.nsa.selected_attention(query, key, value, lists, *nothing, **causal, **blocks),
+    )
+    add(
+        "window_attention",
+        lambda: torch.ops.nsa.window_attention(query, key, value, *nothing, **causal, window=config.window),
+    )
+
+
+@torch.no_grad()
+def _check(
+    shape: Shape, config: NSAConfig, kind: Kind, device: str, dtype: torch.dtype
+) -> tuple[dict[str, float], bool]:
+    """Compares lists and output with the float64 reference, the output given the operator's own lists."""
+    query, key, value, gates = draw_inputs(shape, kind, device, dtype)
+    causal, numbers, blocks = _stage_arguments(query, key, config)
+    compression = {"block_length": config.block_length, "block_stride": config.block_stride}
+    compressed_key, compressed_value = mean_compress(key, **compression), mean_compress(value, **compression)
+    lse = None
+    if config.combine == "gated":
+        _, lse = torch.ops.nsa.compressed_attention(
+            query, compressed_key, compressed_value, None, None, None, **causal, **numbers
+        )
+    chosen = torch.ops.nsa.select_blocks(
+        query,
+        compressed_key,
+        lse,
+        None,
+        None,
+        None,
+        None,
+        **causal,
+        **numbers,
+        **blocks,
+        num_selected=config.num_selected,
+    )
+    wanted = reference.select_blocks(query, compressed_key, **numbers, **blocks, num_selected=config.num_selected)
+    block = {"selection_block": config.selection_block}
+    if config.combine == "joint":
+        expected, _ = reference.joint_attention(query, key, value, chosen, **block, window=config.window)
+        output = nsa_attention(query, key, value, config=config)
+    else:
+        parts = (
+            reference.compressed_attention(query, compressed_key, compressed_value, **numbers)[0],
+            reference.selected_attention(query, key, value, chosen, **block)[0],
+            reference.window_attention(query, key, value, window=config.window)[0],
+        )
+        expected = (gates.double().unsqueeze(-2) * torch.stack(parts, -1)).sum(-1)
+        output = nsa_attention(query, key, value, config=config, gates=gates)
+    error = ((output.double() - expected).norm() / expected.norm()).item()
+    equal = (chosen == wanted).all(-1).float().mean().item()
+    return {"output error": error, "equal lists": equal}, error < _BUDGET[dtype] and equal > _EQUAL_LISTS
+
+
+def _time(call: Callable[[], Any], device: str) -> float:
+    """Median time in ms; on CUDA the L2 cache is flushed between runs."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(call, warmup=50, rep=200, return_mode="median"))  # type: ignore[arg-type]
+    call()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def _ceilings(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Rates of a large matrix product and of a large copy."""
+    size, length = (8192, 1 << 30) if device == "cuda" else (1024, 1 << 26)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.empty(length, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    product = _time(lambda: matrix @ matrix, device)
+    copy = _time(lambda: target.copy_(source), device)
+    return {"tflops": 2 * size**3 / product / 1e9, "gigabytes": 2 * length / copy / 1e6}
+
+
+def _extra_bytes(call: Callable[[], Any], device: str) -> int | None:
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _dense_backends(leaves: list[Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Dense attentions that take these inputs: on CUDA cuDNN's and FlashAttention, elsewhere torch's own."""
+    if leaves[0].device.type != "cuda":
+        yield "sdpa", contextlib.nullcontext
+        return
+    probe = [each[:, :, :256].detach() for each in leaves]
+    for name, backend in _DENSE.items():
+        try:
+            with sdpa_kernel(backend):
+                torch.nn.functional.scaled_dot_product_attention(*probe, is_causal=True, enable_gqa=True)
+        except RuntimeError:
+            continue
+        yield name, lambda backend=backend: sdpa_kernel(backend)

@@ -1,0 +1,67 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_compile import NSAConfig, bench
+from nsa_compile.cli.main import main
+
+SHAPE = bench.Shape(heads=4, kv_heads=2, tokens=300, head_size=16, value_size=16)
+CONFIG = NSAConfig(block_length=8, block_stride=4, selection_block=16, num_selected=4, window=32)
+
+
+@pytest.mark.parametrize("kind", ["random", "correlated"])
+@pytest.mark.parametrize("combine", ["joint", "gated"])
+def test_benchmark_checks_and_times(combine: str, kind: bench.Kind) -> None:
+    config = CONFIG.replace(combine=combine)
+    result = bench.run_benchmark(SHAPE, config, kind=kind, device="cpu", dtype=torch.float32)
+    assert result.correct
+    names = {stage.name for stage in result.stages}
+    assert {"select_blocks", f"{'joint' if combine == 'joint' else 'window'}_attention"} <= names
+    assert {f"{which} {way}" for which in ("nsa", "dense sdpa") for way in ("forward", "forward+backward")} <= names
+    assert all(stage.milliseconds > 0 for stage in result.stages)
+    speedup = result.speedup("forward")
+    assert speedup is not None
+    assert f"{speedup:.2f} times" in str(result)
+
+
+def test_no_speedup_when_the_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench.nsa_attention
+
+    def wrong(*arguments: object, **options: object) -> torch.Tensor:
+        return right(*arguments, **options) * 1.01  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench, "nsa_attention", wrong)
+    result = bench.run_benchmark(SHAPE, CONFIG, device="cpu", dtype=torch.float32, backward=False)
+    assert not result.correct
+    assert result.speedup("forward") is None
+    assert "FAILED" in str(result)
+    assert "times the fastest" not in str(result)
+
+
+def test_speedup_is_against_the_fastest_dense_attention() -> None:
+    stages = (
+        bench.Stage("nsa forward", 2.0),
+        bench.Stage("dense one forward", 10.0),
+        bench.Stage("dense two forward", 6.0),
+        bench.Stage("dense two forward+backward", 1.0),
+    )
+    ceilings = {"tflops": 1.0, "gigabytes": 1.0}
+    result = bench.Benchmark("device", SHAPE, CONFIG, "random", {}, True, ceilings, stages, None)
+    assert result.speedup("forward") == 3.0
+    assert result.speedup("forward+backward") is None
+    assert dataclasses.replace(result, correct=False).speedup("forward") is None
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "figures.json"
+    sizes = ["--heads", "2", "--kv-heads", "1", "--tokens", "200", "--head-size", "16"]
+    assert (
+        main(["bench", *sizes, "--device", "cpu", "--dtype", "float32", "--forward-only", "--json", str(target)]) == 0
+    )
+    assert "check: passed" in capsys.readouterr().out
+    figures = json.loads(target.read_text())
+    assert figures["shape"]["tokens"] == 200
+    assert figures["correct"] is True
