@@ -1,4 +1,4 @@
-"""Attention that is written out: what reads as softmax(scale · Q Kᵀ + masks) V is rewritten, the rest keeps its reason."""
+"""Attention that is written out: what reads as softmax(scale · Q Kᵀ + masks) V is rewritten, the rest is declined."""
 
 import math
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nsa_compile.passes.sites import Reason
 
 B, H, G, T, D = 2, 4, 2, 24, 8
 
@@ -203,3 +205,176 @@ def test_spelling_is_rewritten_for_symbolic_sizes(rewriting, spelling, dynamic):
         return SPELLINGS[spelling](q, k, v)
 
     rewriting.rewrite(attend, *heads("q", "k", "v"), dynamic=dynamic).assert_rewritten()
+
+
+def probabilities(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1)
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * S).masked_fill(hidden(), -torch.inf)
+    joined = torch.cat([scores, torch.zeros(B, H, T, 1)], dim=-1)
+    return joined.softmax(-1)[..., :-1] @ v
+
+
+def with_partial_write(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * S
+    scores[:, 0] = 0.0
+    return plain(scores, v)
+
+
+def with_late_write(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k.clone()
+    weights = probabilities(q, k)
+    k.zero_()
+    return weights @ v + k.sum()
+
+
+def with_late_mask_write(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = hidden()
+    scores = (q @ k.mT * S).masked_fill(mask, -torch.inf)
+    mask.zero_()
+    return scores.softmax(-1) @ v + mask.sum()
+
+
+DECLINED = {
+    "softcap": (Reason.SOFTCAP, lambda q, k, v: plain(torch.tanh(q @ k.mT * S / 30) * 30, v)),
+    "sinks": (Reason.ATTENTION_SINKS, with_sinks),
+    "dropout": (Reason.DROPOUT, lambda q, k, v: F.dropout(probabilities(q, k), 0.1, True) @ v),
+    "dropout-of-scores": (Reason.DROPOUT, lambda q, k, v: plain(F.dropout(q @ k.mT, 0.1), v)),
+    "weights-returned": (
+        Reason.ATTENTION_WEIGHTS_USED,
+        lambda q, k, v: (lambda p: torch.cat([p @ v, p], -1))(probabilities(q, k)),
+    ),
+    "weights-used-twice": (
+        Reason.ATTENTION_WEIGHTS_USED,
+        lambda q, k, v: (lambda p: p @ v + p @ k)(probabilities(q, k)),
+    ),
+    "head-mask": (
+        Reason.PROBABILITIES_CHANGED,
+        lambda q, k, v: (probabilities(q, k) * q.new_tensor([1.0, 1, 0, 1])[:, None, None]) @ v,
+    ),
+    "renormalized": (
+        Reason.PROBABILITIES_CHANGED,
+        lambda q, k, v: (lambda p: p / p.sum(-1, keepdim=True))(probabilities(q, k) * causal()) @ v,
+    ),
+    "another-refill": (
+        Reason.PROBABILITIES_CHANGED,
+        lambda q, k, v: probabilities(q, k).masked_fill(causal().tril(-3), 0.0) @ v,
+    ),
+    "differential": (
+        Reason.PROBABILITIES_CHANGED,
+        lambda q, k, v: (probabilities(q, k) - 0.5) @ v,
+    ),
+    "multiplied-by-mask": (Reason.MULTIPLIED_SCORES, lambda q, k, v: (q @ k.mT * causal()).softmax(-1) @ v),
+    "multiplied-by-keys": (Reason.MULTIPLIED_SCORES, lambda q, k, v: plain(q @ k.mT * k.norm(dim=-1)[:, :, None], v)),
+    "weak-mask": (Reason.ADDITIVE_BIAS, lambda q, k, v: (q @ k.mT).masked_fill(hidden(), -5.0).softmax(-1) @ v),
+    "weakened-mask": (
+        Reason.ADDITIVE_BIAS,
+        lambda q, k, v: ((q @ k.mT).masked_fill(hidden(), -1e4) * 0.1).softmax(-1) @ v,
+    ),
+    "two-products": (
+        Reason.LEARNED_BIAS,
+        lambda q, k, v: plain(q @ k.mT + q @ torch.arange(T * D).view(T, D).float().mT, v),
+    ),
+    "powers": (Reason.UNKNOWN_SPELLING, lambda q, k, v: plain((q @ k.mT).pow(3), v)),
+    "partial-write": (Reason.UNKNOWN_SPELLING, with_partial_write),
+    "late-write": (Reason.UNKNOWN_SPELLING, with_late_write),
+    "late-mask-write": (Reason.MUTATED_MASK, with_late_mask_write),
+    "negative-scale-of-mask": (
+        Reason.ADDITIVE_BIAS,
+        lambda q, k, v: (-1.0 * (q @ k.mT).masked_fill(hidden(), -torch.inf)).softmax(-1) @ v,
+    ),
+    "not-causal": (Reason.BIDIRECTIONAL, lambda q, k, v: (q @ k.mT * S).softmax(-1) @ v),
+    "distance-bias": (
+        Reason.ALIBI,
+        lambda q, k, v: plain(q @ k.mT + (torch.arange(T)[:, None] - torch.arange(T)).abs() * -0.5, v),
+    ),
+    "mask-per-head": (
+        Reason.MASK_DEPENDS_ON_HEAD,
+        lambda q, k, v: (
+            (q @ k.mT)
+            .masked_fill(torch.arange(T)[None, None] > torch.arange(T)[None, :, None] - torch.arange(H)[:, None, None],
+                         -torch.inf)
+            .softmax(-1)
+            @ v
+        ),
+    ),
+    "values-of-queries": (
+        Reason.UNKNOWN_SPELLING,
+        lambda q, k, v: (q @ k.mT).masked_fill(hidden(), -torch.inf).softmax(-2) @ v,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", DECLINED)
+def test_other_mathematics_is_declined_and_left_alone(rewriting, spelling):
+    reason, attend = DECLINED[spelling]
+    rewriting.rewrite(attend, *heads("q", "k", "v")).assert_declined(reason)
+
+
+NO_ATTENTION = {
+    "router": lambda q, k, v: torch.einsum("bht,bhtd->bhd", v.mean(-1).softmax(-1), v),
+    "gate": lambda q, k, v: q.softmax(-1) * v,
+    "linear-attention": lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
+    "similarities": lambda q, k, v: (q @ k.mT).softmax(-1).amax(-1),
+    "mixture": lambda q, k, v: F.linear(q.softmax(-1), v[0, 0]),
+}
+
+
+@pytest.mark.parametrize("function", NO_ATTENTION)
+def test_softmax_that_is_no_attention_is_passed_over(rewriting, function):
+    outcome = rewriting.rewrite(NO_ATTENTION[function], *heads("q", "k", "v"))
+    assert outcome.decisions == []
+
+
+def test_scores_that_are_used_elsewhere_stay(rewriting):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * S
+        return torch.cat([plain(scores, v), scores], -1)
+
+    rewriting.rewrite(attend, *heads("q", "k", "v"), gradients=True).assert_rewritten()
+
+
+def test_in_place_scores_that_are_used_elsewhere_stay(rewriting):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT).mul_(S)
+        return plain(scores, v) + scores.diagonal(dim1=-2, dim2=-1)[..., None]
+
+    outcome = rewriting.rewrite(attend, *heads("q", "k", "v"))
+    outcome.assert_rewritten()
+    assert "mul_" in outcome.targets
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_decoding_against_a_longer_cache_is_rewritten(rewriting, queries):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.arange(T) > torch.arange(T - queries, T)[:, None]
+        return (q[:, :, -queries:] @ k.mT * S).masked_fill(mask, -torch.inf).softmax(-1) @ v
+
+    rewriting.rewrite(attend, *heads("q", "k", "v")).assert_rewritten()
+
+
+def test_padding_may_hide_every_key_of_a_query(rewriting):
+    def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+        mask = causal() & padding[:, None, None, :].bool()
+        return (q @ k.mT * S).masked_fill(~mask, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    padding = torch.ones(B, T, dtype=torch.long)
+    padding[0, :5] = 0
+    # Queries among the padding see nothing: what they give is nobody's business.
+    rewriting.rewrite(attend, *heads("q", "k", "v"), padding, seen=lambda y: y[:, :, 5:]).assert_rewritten()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_graphs_of_autocast_are_rewritten(rewriting, inplace):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = q @ k.mT * S
+            scores = scores.masked_fill_(hidden(), -torch.inf) if inplace else scores.masked_fill(hidden(), -torch.inf)
+            return F.softmax(scores, -1, dtype=torch.float32) @ v
+
+    outcome = rewriting.rewrite(attend, *heads("q", "k", "v"), compiled=True)
+    assert outcome.reasons == [""]
+    assert outcome.output.dtype == outcome.expected.dtype == torch.bfloat16
+    torch.testing.assert_close(outcome.output, outcome.expected, rtol=3e-2, atol=3e-2)
