@@ -55,7 +55,7 @@ def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Reje
             return rejected(Reason.UNSUPPORTED_SHAPE, f"The {name} cannot be viewed as [batch, heads, length, size].")
     placed_masks, placed_factors = [], []
     for mask, part in masks:
-        placed = _placed(mask, part, (*rows, parts.keys))
+        placed = placed_mask(mask, part, (*rows, parts.keys))
         if placed is None:
             sentence = f"The mask {mask[0].node.name} is not laid out as batch, heads, queries and keys."
             return rejected(Reason.MASK_NOT_PROVED, sentence, mask[0].node)
@@ -81,7 +81,6 @@ def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Reje
         dtype=dtype or output_dtype,
         output=output if dtype in (None, output_dtype) else (*output, Step(_TO_DTYPE, (output_dtype,))),
         factors=tuple(placed_factors),
-        internal=parts.internal,
     )
 
 
@@ -98,7 +97,7 @@ def _batch(parts: Parts, groups: HeadGroups, depended: frozenset[Axis]) -> set[A
     return set(groups.own) & depended
 
 
-def _placed(mask: Sequence[LabelledTensor], part: MaskPart, scores: Dimensions) -> Mask | None:
+def placed_mask(mask: Sequence[LabelledTensor], part: MaskPart, scores: Dimensions) -> Mask | None:
     """Finds, among a mask and what it is a view of, one whose dimensions are batch, heads, queries or keys."""
     full = resolved(scores)
     for tensor in mask:

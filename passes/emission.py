@@ -1,6 +1,6 @@
 """New nodes: placed before a given one, with everything recorded that a tracer would have recorded."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,8 @@ from torch import fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from nsa_compile.passes.metadata import VALUE_KEYS, dtype_of, fake_mode_of, recorded_value, tensor_of, value_key
-from nsa_compile.passes.predicate.writes import written_by
-from nsa_compile.passes.sites import Factor, Operand, Shape, Step
+from nsa_compile.passes.predicate.writes import Writes, written_by
+from nsa_compile.passes.sites import Branch, Factor, Operand, Shape, Step
 
 # What is recorded of one node's value, and is another's for a new node.
 _OWN_META = (*VALUE_KEYS, "tensor_meta", "unbacked_bindings", "torch_fn", "source_fn_stack", "original_aten")
@@ -46,12 +46,17 @@ class Emitter:
 
     def step(self, node: fx.Node, step: Step) -> fx.Node:
         """Emits one step, after the operands among its arguments."""
-        args = tuple(self._value(arg) if isinstance(arg, Operand) else arg for arg in step.args)
+        args = tuple(self._argument(arg, node) for arg in step.args)
         value = None
         if self._mode is not None and tensor_of(node) is not None:
             with self._mode, torch.no_grad():
                 value = step.target(recorded_value(node), *map(recorded_value, args))
         return self.call(step.target, (node, *args), {}, value)
+
+    def _argument(self, argument: Any, node: fx.Node) -> Any:
+        if isinstance(argument, Branch):
+            return self._value(Operand(node, (), argument.steps))
+        return self._value(argument) if isinstance(argument, Operand) else argument
 
     def _value(self, operand: Operand) -> fx.Node:
         node = operand.node
@@ -89,21 +94,24 @@ class Emitter:
         return node
 
 
-def erase_dead(
-    graph_module: fx.GraphModule, orphans: Iterable[fx.Node], internal: Collection[fx.Node] = ()
-) -> list[fx.Node]:
+def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list[fx.Node]:
     """Erases nodes that lost their last user, and what only they used.
 
-    `Graph.eliminate_dead_code` would also take calls of in-place methods, which nothing marks as impure.
+    `Graph.eliminate_dead_code` would also take calls of in-place methods, which nothing marks as impure.  Here such
+    a call goes only if nobody reads the memory that it writes.
 
     Args:
         graph_module: owner of the graph.
         orphans: nodes that may be without users.
-        internal: nodes that may go although they write in place, if what they write has no other user.
 
     Returns:
         Placeholders that are without users now; they stay.
     """
+    sharing: dict[int, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        storage = Writes.storage(node)
+        if storage is not None:
+            sharing.setdefault(storage, []).append(node)
     unused: dict[fx.Node, None] = {}
     pending = list(orphans)
     while pending:
@@ -112,17 +120,23 @@ def erase_dead(
             continue
         if node.op == "placeholder":
             unused[node] = None
-        elif _is_removable(node, internal):
+        elif _is_removable(node, sharing):
             inputs = node.all_input_nodes
             graph_module.graph.erase_node(node)
             pending.extend(inputs)
     return list(unused)
 
 
-def _is_removable(node: fx.Node, internal: Collection[fx.Node]) -> bool:
+def _is_removable(node: fx.Node, sharing: Mapping[int, Sequence[fx.Node]]) -> bool:
     if node.op == "get_attr":
         return True
     written = written_by(node)
-    if written:
-        return node in internal and all(each in internal and set(each.users) == {node} for each in written)
-    return not node.is_impure()
+    if not written:
+        return not node.is_impure()
+    for each in written:
+        aliases = [alias for alias in sharing.get(Writes.storage(each) or 0, (each,)) if not alias._erased]
+        for alias in aliases:
+            is_outside = alias.op in ("placeholder", "get_attr")
+            if is_outside or any(user is not node and user not in aliases for user in alias.users):
+                return False
+    return True

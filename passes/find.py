@@ -2,6 +2,12 @@
 
 from torch import fx
 
+from nsa_compile.passes.multihead import (
+    is_encoder_layer,
+    is_multihead_call,
+    read_encoder_layer,
+    read_multihead_call,
+)
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.scopes import walk_scopes
 from nsa_compile.passes.sdpa import is_sdpa_call, read_sdpa_call
@@ -9,7 +15,12 @@ from nsa_compile.passes.sites import AttentionSite, Rejection
 from nsa_compile.passes.softmax import is_softmax, read_softmax
 
 # What an attention is recognised by, and what reads it.
-_READERS = ((is_sdpa_call, read_sdpa_call), (is_softmax, read_softmax))
+_READERS = (
+    (is_sdpa_call, read_sdpa_call),
+    (is_softmax, read_softmax),
+    (is_multihead_call, read_multihead_call),
+    (is_encoder_layer, read_encoder_layer),
+)
 
 
 def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:

@@ -46,7 +46,6 @@ class Parts:
         symbolic_scales: symbolic numbers that scale them too, with the power of each.
         factors: tensors that scale the scores.
         is_autocast: the products cast their operands, as the operator then does too.
-        internal: nodes between the products, which are of no use without the attention.
     """
 
     query: LabelledTensor
@@ -64,7 +63,6 @@ class Parts:
     symbolic_scales: tuple[tuple[fx.Node, int], ...] = ()
     factors: tuple[FactorPart, ...] = ()
     is_autocast: bool = False
-    internal: tuple[fx.Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

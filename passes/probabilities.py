@@ -25,13 +25,11 @@ class Weighting:
     Attributes:
         product: their product with the values.
         value: the values.
-        chain: nodes from the softmax to the product, both included.
         refills: conditions under which probabilities are set to 0 after the softmax.
     """
 
     product: Contraction
     value: LabelledTensor
-    chain: tuple[fx.Node, ...]
     refills: tuple[tuple[fx.Node, MaskKind], ...] = ()
 
 
@@ -44,7 +42,7 @@ def follow_probabilities(softmax: fx.Node, dims: Dimensions, keys: Dimension, wr
         keys: the axes over which they sum to 1.
         writes: the in-place writes of the graph.
     """
-    node, chain, refills = softmax, [softmax], []
+    node, refills = softmax, []
     while True:
         users = [user for user in node.users if not _is_dead(user)]
         if len(users) != 1 or users[0].op == "output":
@@ -54,9 +52,8 @@ def follow_probabilities(softmax: fx.Node, dims: Dimensions, keys: Dimension, wr
         place = writes.position
         if any(writer is not user for writer, _ in writes.between(node, place(node), place(user) + 1)):
             return Problem(Reason.PROBABILITIES_CHANGED, f"{node} is written in place.", (node,))
-        chain.append(user)
         if is_contraction(user):
-            return _product(user, node, dims, keys, tuple(chain), tuple(refills))
+            return _product(user, node, dims, keys, tuple(refills))
         carried = forth_through(user, node, dims)
         if carried is not None:
             node, dims = user, carried
@@ -78,7 +75,6 @@ def _product(
     node: fx.Node,
     dims: Dimensions,
     keys: Dimension,
-    chain: tuple[fx.Node, ...],
     refills: tuple[tuple[fx.Node, MaskKind], ...],
 ) -> Weighting | Problem:
     unread = Problem(Reason.UNKNOWN_SPELLING, f"The product {user} has a form that is not known.", (user,))
@@ -90,7 +86,7 @@ def _product(
         if weights.node is node and value.node is not node and unify_dimensions(weights.dims, dims):
             if set(leaves(contracted(product))) != set(leaves(keys)):
                 return unread
-            return Weighting(product, value, chain, refills)
+            return Weighting(product, value, refills)
     return unread
 
 

@@ -40,7 +40,6 @@ class _Rewrite:
         self._intervals: dict[Hashable, EmittedInterval] = {}
         # Interval node and body -> the placeholder that brings it in.
         self._brought: dict[tuple[fx.Node, fx.GraphModule], fx.Node] = {}
-        self._internal: set[fx.Node] = set()
         self._note_scope(Scope(graph_module))
 
     def apply(self) -> None:
@@ -94,8 +93,7 @@ class _Rewrite:
         for step in site.output:
             result = emitter.step(result, step)
         orphans = self._orphans.setdefault(graph_module, [])
-        orphans += [*site.node.all_input_nodes, *site.internal, *(mask.node for mask in site.masks)]
-        self._internal.update(site.internal)
+        orphans += [*site.node.all_input_nodes, *(mask.node for mask in site.masks)]
         name, is_output = site.node.name, any(user.op == "output" for user in site.node.users)
         site.node.replace_all_uses_with(result)
         graph_module.graph.erase_node(site.node)
@@ -124,7 +122,7 @@ class _Rewrite:
     def _erase_orphans(self) -> None:
         """Erases what only the sites used, innermost bodies first: they hand a dead mask back to their callers."""
         for graph_module, scope in reversed(self._scopes.items()):
-            unused = erase_dead(graph_module, self._orphans.get(graph_module, ()), self._internal)
+            unused = erase_dead(graph_module, self._orphans.get(graph_module, ()))
             if is_extensible(scope) and scope.parent is not None:
                 handed_in = take_out(unused, scope)
                 self._orphans.setdefault(scope.parent.graph_module, []).extend(handed_in)

@@ -29,7 +29,6 @@ class Scores:
         symbolic_scales: symbolic numbers that scale it too, with the power of each.
         factors: tensors that scale the product.
         masks: all of them hold.
-        chain: nodes from the softmax's input back to the product.
     """
 
     product: Contraction
@@ -37,7 +36,6 @@ class Scores:
     symbolic_scales: tuple[tuple[fx.Node, int], ...]
     factors: tuple[FactorPart, ...]
     masks: tuple[MaskPart, ...]
-    chain: tuple[fx.Node, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +48,9 @@ class _State:
     symbolic_scales: tuple[tuple[fx.Node, int], ...] = ()
     factors: tuple[FactorPart, ...] = ()
     masks: tuple[MaskPart, ...] = ()
-    chain: tuple[fx.Node, ...] = ()
 
     def back_to(self, node: fx.Node, dims: Dimensions | None = None, **changes: Any) -> "_State":
-        return dataclasses.replace(self, node=node, dims=dims or self.dims, chain=(*self.chain, self.node), **changes)
+        return dataclasses.replace(self, node=node, dims=dims or self.dims, **changes)
 
 
 _Bound = Mapping[str, Any]
@@ -122,8 +119,7 @@ class ScoreReader:
             if isinstance(masked, Problem):
                 return masked
             state = masked
-        scale, chain = state.scale * product.alpha, (*state.chain, state.node)
-        return Scores(product, scale, state.symbolic_scales, state.factors, state.masks, chain)
+        return Scores(product, state.scale * product.alpha, state.symbolic_scales, state.factors, state.masks)
 
     def _step(self, state: _State) -> _Outcome:
         carried = back_through(state.node, state.dims)
@@ -154,7 +150,7 @@ class ScoreReader:
         if dims is None:
             return Problem(Reason.UNKNOWN_SPELLING, f"The shape of {mask} does not fit the scores.", (mask,))
         if state.factors or state.symbolic_scales or state.scale <= 0:
-            sentence = f"What {mask} hides is scaled by {state.chain[-1]} before the softmax."
+            sentence = f"What {mask} hides is scaled by no positive number before the softmax."
             return Problem(Reason.UNKNOWN_SPELLING, sentence, (mask,))
         noted = MaskPart(LabelledTensor(mask, dims), kind, factor * state.scale)
         return dataclasses.replace(state, masks=(*state.masks, noted))

@@ -135,11 +135,19 @@ class Place:
 class Step:
     """One operation on the way to another layout: `target(tensor, *args)`.
 
-    Arguments that are operands stand for what their own steps make of their node.
+    An operand among the arguments stands for what its own steps make of its node, and a branch for what its steps
+    make of the tensor that this step is applied to.
     """
 
     target: Any
     args: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Steps that start from the tensor of the step whose argument this is."""
+
+    steps: tuple[Step, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +189,6 @@ class AttentionSite:
         dtype: of what the operator gives.
         output: what brings the operator's `[B, H, T, D_v]` to the layout of `place.node`.
         factors: tensors that scale the scores of a query, beside `scale`.
-        internal: nodes that are of no use without the attention, such as those that write scores in place.
     """
 
     place: Place
@@ -195,7 +202,6 @@ class AttentionSite:
     symbolic_scales: tuple[tuple[fx.Node, int], ...] = ()
     output: tuple[Step, ...] = ()
     factors: tuple[Factor, ...] = ()
-    internal: tuple[fx.Node, ...] = ()
 
     @property
     def node(self) -> fx.Node:

@@ -105,7 +105,6 @@ def _parts(scores: Scores, weighting: Weighting, dims: Dimensions, dim: int, wri
         symbolic_scales=scores.symbolic_scales,
         factors=scores.factors,
         is_autocast=any(map(_casts_operands, (product.node, site))),
-        internal=(*scores.chain, *weighting.chain),
     )
 
 
