@@ -195,9 +195,8 @@ class MaskProver:
     def _allowed(self, mask: Mask, sizes: Sizes, scope: Scope, reader: fx.Node) -> Formula | Rejection:
         """The mask as a formula over b, h, i and j of the visible keys."""
         tensor = self._interpreter.evaluate(mask.node, scope, reader)
-        index = _index(sizes)
-        places = mask.axes if mask.axes is not None else range(4 - tensor.rank, 4)
-        value = substitute_value(tensor.value, {axis(k): index[place] for k, place in enumerate(places)})
+        places = [(k,) for k in range(4 - tensor.rank, 4)] if mask.axes is None else mask.axes
+        value = substitute_value(tensor.value, {axis(k): _merged(sizes, place) for k, place in enumerate(places)})
         if mask.kind is MaskKind.BLOCKED:
             return negation(formula_of(value))
         if mask.kind is MaskKind.ALLOWED or not isinstance(value, tuple):
@@ -270,6 +269,15 @@ class MaskProver:
 def sizes_of(site: AttentionSite) -> Sizes:
     """The site's sizes as expressions."""
     return Sizes(*map(size_expression, (site.batch, site.query_heads, site.query_length, site.key_length)))
+
+
+def _merged(sizes: Sizes, places: tuple[int, ...]) -> sympy.Expr:
+    """The index along a dimension that is the product of some of B, H, T and S."""
+    lengths = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
+    merged: sympy.Expr = ZERO
+    for place in places:
+        merged = merged * lengths[place] + _index(sizes)[place]
+    return merged
 
 
 def _index(sizes: Sizes) -> tuple[sympy.Expr, ...]:

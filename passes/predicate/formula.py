@@ -132,20 +132,31 @@ def _connect(formulas: Iterable[Formula], same: type, dual: type) -> Formula:
 
 
 def _limits(parts: Iterable[Formula]) -> dict[sympy.Expr, list[tuple[sympy.Expr, Atom]]]:
-    """The atoms `r + c ≤ 0` among the parts, by their `r`, with their numbers `c`."""
+    """The integer atoms `r + c ≤ 0` among the parts, by their `r`, with their numbers `c`."""
     found: dict[sympy.Expr, list[tuple[sympy.Expr, Atom]]] = {}
     for part in parts:
-        if isinstance(part, Atom) and part.relation is Relation.AT_MOST:
+        if isinstance(part, Atom) and part.relation is Relation.AT_MOST and part.expression.is_integer:
             constant, rest = part.expression.as_coeff_Add()
             found.setdefault(rest, []).append((constant, part))
     return found
 
 
 def _strongest(parts: dict[Formula, None]) -> dict[Formula, None]:
-    """Of conjuncts that limit the same expression, the tightest."""
+    """Of conjuncts that limit the same expression, the tightest; `e ≤ 0` and `e ≠ 0` is `e < 0`."""
     for limits in _limits(parts).values():
         tightest = max(limits, key=lambda limit: limit[0])[1]
         parts = {part: None for part in parts if part is tightest or not any(part is atom for _, atom in limits)}
+        for part in list(parts):
+            if not isinstance(part, Not) or part.operand.relation is not Relation.EQUAL:
+                continue
+            excluded = part.operand.expression
+            if tightest.expression in (excluded, -excluded):
+                parts = {other: None for other in parts if other is not part and other is not tightest}
+                parts[Atom(Relation.AT_MOST, tightest.expression + 1)] = None
+                break
+            if _implies(excluded, 1 - tightest.expression):
+                # What is excluded lies outside the limit anyway.
+                parts = {other: None for other in parts if other is not part}
     return parts
 
 
@@ -257,11 +268,13 @@ def compare(symbol: str, left: sympy.Expr, right: sympy.Expr) -> Formula:
     if left.is_infinite and left == right:
         return truth(symbol in ("<=", "=="))
     difference = sympy.expand(left - right)
-    if not is_exact(difference):
-        constant, data = difference.as_coeff_Add()
-        if data not in (single := difference.atoms(AppliedUndef, Cast)) and -data not in single:
+    if not (is_exact(left) and is_exact(right)):
+        # NaN and infinity do not obey arithmetic: only `data + c` against a number is understood.
+        _, data = difference.as_coeff_Add()
+        single = difference.atoms(AppliedUndef, Cast)
+        if not (left.is_number or right.is_number) or (data not in single and -data not in single):
             raise UnknownError("it compares floating-point data with something that is not a constant")
-        if not constant.is_finite:
+        if left.is_infinite or right.is_infinite:
             raise UnknownError("it compares floating-point data with infinity")
     if symbol == "<":
         return atom(Relation.BELOW, difference)

@@ -6,6 +6,7 @@ followed becomes data (`Leaf`): it blocks a proof only where the mask depends on
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -37,6 +38,8 @@ from nsa_compile.passes.sites import Scope
 ConstantReader = Callable[[fx.Node, Scope], "torch.Tensor | None"]
 
 _TABLES = (operations_creation, operations_pointwise, operations_scans, operations_views)
+# Tracers keep tensors that the traced code made from numbers under such names; they belong to the graph.
+_BAKED = re.compile(r"^_tensor_constant\d+$")
 # Larger formulas than this are no mask that the prover could read.
 _LARGEST = 400
 
@@ -242,9 +245,11 @@ class Interpreter:
         )
 
     def _constant(self, source: Source) -> AbstractTensor | None:
-        if source.node.op not in ("placeholder", "get_attr") or self._read_constant is None:
-            return None
-        tensor = self._read_constant(source.node, source.scope)
+        node, tensor = source.node, None
+        if node.op == "get_attr" and _BAKED.search(str(node.target)):
+            tensor = getattr(source.scope.graph_module, str(node.target), None)
+        elif node.op in ("placeholder", "get_attr") and self._read_constant is not None:
+            tensor = self._read_constant(node, source.scope)
         return None if tensor is None else abstract_constant(tensor)
 
     def _make_leaf(

@@ -206,6 +206,12 @@ def _clamp(call: Call, input: Any, min: Any = None, max: Any = None) -> Abstract
     return make_tensor(call.shape, call.dtype, aligned(result, len(call.shape)))
 
 
+@operation("relu")
+def _relu(call: Call, input: Any, inplace: Any = False) -> AbstractTensor:
+    del inplace
+    return _clamp(call, input, 0)
+
+
 @operation("clamp_min")
 def _clamp_min(call: Call, input: Any, min: Any) -> AbstractTensor:
     return _clamp(call, input, min)

@@ -36,6 +36,15 @@ STRUCTURAL = {
     ),
     "transposed": (lambda q, k: (places(q, k)[0].transpose(0, 1) >= places(q, k)[1].mT).mT, "causal"),
     "union": (lambda q, k: (places(q, k)[1] < places(q, k)[0]) | torch.eye(q.shape[2], k.shape[2]).bool(), "causal"),
+    "strictly before, by exclusion": (
+        lambda q, k: causal(q, k) & ~torch.eye(q.shape[2], k.shape[2], dtype=torch.bool),
+        "causal from a position",
+    ),
+    "excluded already": (lambda q, k: causal(q, k) & (places(q, k)[1] != places(q, k)[0] + 2), "causal"),
+    "first key set": (
+        lambda q, k: torch.where(torch.arange(k.shape[2]) == 0, True, causal(q, k)),
+        "causal",
+    ),
     "union of limits": (lambda q, k: causal(q, k) | (places(q, k)[1] + 2 < places(q, k)[0]), "causal"),
     "window": (lambda q, k: causal(q, k) & (places(q, k)[1] > places(q, k)[0] - 3), "causal, window 3"),
     "band": (

@@ -295,7 +295,7 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 COMMON = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, phases=PHASES)
 
 
-@settings(COMMON, max_examples=150)
+@settings(COMMON, max_examples=80)
 @given(programs(), st.booleans(), st.booleans())
 @example(_conjoined([("compare", "eq", ("of_query", "packed"), ("of_key", "packed"))]), True, True)
 @example(_conjoined([("valid_query",), ("valid", "half")]), True, True)
