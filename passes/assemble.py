@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from nsa_compile.passes.axes import Axis, Dimensions, leaves, resolved
+from nsa_compile.passes.axes import Axis, Dimension, Dimensions, leaves, resolved
 from nsa_compile.passes.layout import LabelledTensor, arrange, operand
 from nsa_compile.passes.metadata import dtype_of
 from nsa_compile.passes.parts import FactorPart, MaskPart, Parts
@@ -98,16 +98,29 @@ def _batch(parts: Parts, groups: HeadGroups, depended: frozenset[Axis]) -> set[A
 
 
 def placed_mask(mask: Sequence[LabelledTensor], part: MaskPart, scores: Dimensions) -> Mask | None:
-    """Finds, among a mask and what it is a view of, one whose dimensions are batch, heads, queries or keys."""
+    """Finds, among a mask and what it is a view of, one laid out as batch, heads, queries, keys or products of them."""
     full = resolved(scores)
     for tensor in mask:
         dims = resolved(tensor.dims)
         first = len(full) - len(dims)
         if first >= 0 and all(dim in ((), wanted) for dim, wanted in zip(dims, full[first:], strict=True)):
             return Mask(tensor.node, part.kind, factor=part.factor)
-        if all(dim == () or dim in full for dim in dims):
-            return Mask(tensor.node, part.kind, tuple(full.index(dim) if dim else 0 for dim in dims), part.factor)
+        axes = [_product_of(dim, full) for dim in dims]
+        if None not in axes:
+            return Mask(tensor.node, part.kind, tuple(axes), part.factor)
     return None
+
+
+def _product_of(dim: Dimension, full: Dimensions) -> tuple[int, ...] | None:
+    """Returns which of some dimensions a dimension is the product of; None where it is none."""
+    numbers: list[int] = []
+    while dim:
+        number = next((i for i, part in enumerate(full) if part and dim[: len(part)] == part), None)
+        if number is None:
+            return None
+        numbers.append(number)
+        dim = dim[len(full[number]) :]
+    return tuple(numbers)
 
 
 def _factor(part: FactorPart, rows: Dimensions) -> Factor | None:

@@ -21,9 +21,13 @@ class Emitter:
     Args:
         graph_module: owner of the graph.
         origin: the node that the new ones stand before, and whose module and source lines they inherit.
+        replaced: nodes that are gone -> what stands in their place.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, origin: fx.Node) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, origin: fx.Node, replaced: Mapping[fx.Node, fx.Node] | None = None
+    ) -> None:
+        self._replaced = replaced or {}
         self._graph = graph_module.graph
         self._origin = origin
         self._key = value_key(origin)
@@ -59,7 +63,7 @@ class Emitter:
         return self._value(argument) if isinstance(argument, Operand) else argument
 
     def _value(self, operand: Operand) -> fx.Node:
-        node = operand.node
+        node = self._replaced.get(operand.node, operand.node)
         for step in operand.steps:
             node = self.step(node, step)
         return node

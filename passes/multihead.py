@@ -51,14 +51,16 @@ def is_encoder_layer(node: fx.Node) -> bool:
 
 def read_multihead_call(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite | Rejection | None:
     """Reads a call of `F.multi_head_attention_forward`; None where its output is not used."""
-    outputs = {user.args[1]: user for user in node.users if operation(user) == "getitem"}
-    used = [user for index, user in outputs.items() if index == 1 and user.users]
-    place = place_of(outputs.get(0, node), scope, "nn.MultiheadAttention")
+    outputs = {user.args[1]: user for user in node.users if operation(user) == "getitem" and user.users}
+    if 0 not in outputs:
+        return None
+    used = [outputs[1]] if 1 in outputs else []
+    place = place_of(outputs[0], scope, "nn.MultiheadAttention")
     bound = _with_defaults(arguments(node))
     problem = _multihead_problem(node, bound, used)
     if problem is not None:
         return Rejection(problem.reason, problem.sentence, problem.nodes or (node,), place)
-    return _read_multihead(bound, place, writes) if 0 in outputs else None
+    return _read_multihead(bound, place, writes)
 
 
 def _with_defaults(bound: dict[str, Any] | None) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class _Rewrite:
         self._intervals: dict[Hashable, EmittedInterval] = {}
         # Interval node and body -> the placeholder that brings it in.
         self._brought: dict[tuple[fx.Node, fx.GraphModule], fx.Node] = {}
+        # A site's operand may be another site's output.
+        self._replaced: dict[fx.Node, fx.Node] = {}
         self._note_scope(Scope(graph_module))
 
     def apply(self) -> None:
@@ -80,7 +82,7 @@ class _Rewrite:
     def _rewrite_site(self, decision: Decision) -> None:
         site = decision.site
         graph_module = site.scope.graph_module
-        emitter = Emitter(graph_module, site.node)
+        emitter = Emitter(graph_module, site.node, self._replaced)
         tensors = [emitter.operand(operand) for operand in (site.query, site.key, site.value)]
         for factor in site.factors:
             tensors[0] = emitter.scaled(tensors[0], factor)
@@ -95,6 +97,7 @@ class _Rewrite:
         orphans = self._orphans.setdefault(graph_module, [])
         orphans += [*site.node.all_input_nodes, *(mask.node for mask in site.masks)]
         name, is_output = site.node.name, any(user.op == "output" for user in site.node.users)
+        self._replaced[site.node] = result
         site.node.replace_all_uses_with(result)
         graph_module.graph.erase_node(site.node)
         if is_output:

@@ -66,14 +66,14 @@ class Mask:
     Attributes:
         node: the mask tensor, in the site's graph.
         kind: how to read it.
-        axes: for each of its dimensions, which of B (0), H (1), T (2) and S (3) it is; None where it broadcasts,
-            right-aligned, to `[B, H, T, S]` as it is.
+        axes: for each of its dimensions, which of B (0), H (1), T (2) and S (3) it is, or is the product of; None
+            where it broadcasts, right-aligned, to `[B, H, T, S]` as it is.
         factor: what an additive mask is multiplied by before it is added; -1 where it is subtracted.
     """
 
     node: fx.Node
     kind: MaskKind
-    axes: tuple[int, ...] | None = None
+    axes: tuple[tuple[int, ...], ...] | None = None
     factor: float = 1.0
 
 
