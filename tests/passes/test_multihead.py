@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nsa_compile.passes.sites import Reason
 
@@ -55,7 +55,7 @@ def test_module_is_opened_up(rewriting, module, training):
     x = inputs(T, B, E) if module == "sequence-first" else inputs()
     outcome = rewriting.rewrite(MODULES[module].train(training), x, gradients=True)
     outcome.assert_rewritten()
-    assert F.multi_head_attention_forward not in outcome.targets
+    assert functional.multi_head_attention_forward not in outcome.targets
     assert outcome.decisions[0].place.module == "attention"
     assert outcome.decisions[0].place.spelling == "nn.MultiheadAttention"
 
@@ -141,7 +141,7 @@ LAYERS = {
 def test_encoder_layer_is_opened_up(rewriting, layer, training):
     outcome = rewriting.rewrite(LAYERS[layer].train(training), inputs(), gradients=training)
     outcome.assert_rewritten(2 if layer == "stack" else 1)
-    assert not {F.multi_head_attention_forward, torch._transformer_encoder_layer_fwd} & set(outcome.targets)
+    assert not {functional.multi_head_attention_forward, torch._transformer_encoder_layer_fwd} & set(outcome.targets)
 
 
 def test_encoder_layer_with_padding_is_opened_up(rewriting):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nsa_compile.passes.sites import Reason
 
@@ -39,6 +39,24 @@ def plain(scores: Tensor, v: Tensor) -> Tensor:
 
 
 S = D**-0.5
+
+
+def refilled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = hidden()
+    return (q @ k.mT * S).masked_fill(mask, -torch.inf).softmax(-1).masked_fill(mask, 0.0) @ v
+
+
+def stabilized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * S).masked_fill(hidden(), -torch.inf)
+    return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
+
+
+def sequence_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * S
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(hidden(), -torch.inf).softmax(-1), v)
+
+
 SPELLINGS = {
     # How the product of queries and keys is written.
     "matmul": lambda q, k, v: plain(torch.matmul(q, k.transpose(2, 3)) * S, v),
@@ -104,28 +122,25 @@ SPELLINGS = {
         (q @ k.mT * S).masked_fill(hidden(), -torch.inf).masked_fill(hidden().tril(-9).bool(), -torch.inf).softmax(-1)
         @ v
     ),
-    "mask-refilled": lambda q, k, v: (
-        lambda m: (q @ k.mT * S).masked_fill(m, -torch.inf).softmax(-1).masked_fill(m, 0.0) @ v
-    )(hidden()),
+    "mask-refilled": refilled,
     "mask-clamped": lambda q, k, v: (
         torch.max(q @ k.mT * S + additive(), torch.tensor(torch.finfo(torch.float32).min)).softmax(-1) @ v
     ),
     # The softmax itself and what follows it.
     "softmax-function": lambda q, k, v: (
-        F.softmax((q @ k.mT * S).masked_fill(hidden(), -torch.inf), dim=-1, dtype=torch.float32).to(q.dtype) @ v
+        functional.softmax((q @ k.mT * S).masked_fill(hidden(), -torch.inf), dim=-1, dtype=torch.float32).to(q.dtype)
+        @ v
     ),
     "softmax-torch": lambda q, k, v: torch.softmax((q @ k.mT * S).masked_fill(hidden(), -torch.inf), -1) @ v,
     "softmax-module": lambda q, k, v: nn.Softmax(dim=-1)((q @ k.mT * S).masked_fill(hidden(), -torch.inf)) @ v,
     "softmax-dim-3": lambda q, k, v: (q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(3) @ v,
     "softmax-over-rows": lambda q, k, v: ((k @ q.mT * S).masked_fill(hidden().mT, -torch.inf).softmax(-2)).mT @ v,
-    "softmax-stabilized": lambda q, k, v: (
-        (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1))((q @ k.mT * S).masked_fill(hidden(), -torch.inf)) @ v
-    ),
+    "softmax-stabilized": stabilized,
     "dropout-p-0": lambda q, k, v: (
-        F.dropout((q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1), p=0.0, training=True) @ v
+        functional.dropout((q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1), p=0.0, training=True) @ v
     ),
     "dropout-eval": lambda q, k, v: (
-        F.dropout((q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1), 0.1, False) @ v
+        functional.dropout((q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1), 0.1, False) @ v
     ),
     "nan-to-num": lambda q, k, v: torch.nan_to_num((q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1)) @ v,
     "upcast-scores": lambda q, k, v: (
@@ -136,13 +151,7 @@ SPELLINGS = {
         "bhts,bhsd->bthd", (q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1), v
     ),
     # Layouts.
-    "sequence-first": lambda q, k, v: (
-        lambda q, k, v: torch.einsum(
-            "bhts,bshd->bthd",
-            (torch.einsum("bthd,bshd->bhts", q, k) * S).masked_fill(hidden(), -torch.inf).softmax(-1),
-            v,
-        )
-    )(*(x.transpose(1, 2) for x in (q, k, v))),
+    "sequence-first": sequence_first,
     "scores-heads-last": lambda q, k, v: torch.einsum(
         "btsh,bhsd->bhtd",
         (torch.einsum("bhtd,bhsd->btsh", q, k) * S).masked_fill(hidden()[None, :, :, None], -torch.inf).softmax(2),
@@ -186,7 +195,7 @@ def test_spelling_is_rewritten(rewriting, spelling):
         torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
         return
     outcome.assert_rewritten()
-    assert not {torch.softmax, F.softmax, "softmax", "masked_fill_", "mul_", "add_"} & set(outcome.targets)
+    assert not {torch.softmax, functional.softmax, "softmax", "masked_fill_", "mul_", "add_"} & set(outcome.targets)
 
 
 @pytest.mark.parametrize("spelling", GROUPED)
@@ -237,18 +246,33 @@ def with_late_mask_write(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v + mask.sum()
 
 
+def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = probabilities(q, k)
+    return torch.cat([weights @ v, weights], -1)
+
+
+def weights_used_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = probabilities(q, k)
+    return weights @ v + weights @ k
+
+
+def renormalized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = probabilities(q, k) * causal()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
 DECLINED = {
     "softcap": (Reason.SOFTCAP, lambda q, k, v: plain(torch.tanh(q @ k.mT * S / 30) * 30, v)),
     "sinks": (Reason.ATTENTION_SINKS, with_sinks),
-    "dropout": (Reason.DROPOUT, lambda q, k, v: F.dropout(probabilities(q, k), 0.1, True) @ v),
-    "dropout-of-scores": (Reason.DROPOUT, lambda q, k, v: plain(F.dropout(q @ k.mT, 0.1), v)),
+    "dropout": (Reason.DROPOUT, lambda q, k, v: functional.dropout(probabilities(q, k), 0.1, True) @ v),
+    "dropout-of-scores": (Reason.DROPOUT, lambda q, k, v: plain(functional.dropout(q @ k.mT, 0.1), v)),
     "weights-returned": (
         Reason.ATTENTION_WEIGHTS_USED,
-        lambda q, k, v: (lambda p: torch.cat([p @ v, p], -1))(probabilities(q, k)),
+        weights_returned,
     ),
     "weights-used-twice": (
         Reason.ATTENTION_WEIGHTS_USED,
-        lambda q, k, v: (lambda p: p @ v + p @ k)(probabilities(q, k)),
+        weights_used_twice,
     ),
     "head-mask": (
         Reason.PROBABILITIES_CHANGED,
@@ -256,7 +280,7 @@ DECLINED = {
     ),
     "renormalized": (
         Reason.PROBABILITIES_CHANGED,
-        lambda q, k, v: (lambda p: p / p.sum(-1, keepdim=True))(probabilities(q, k) * causal()) @ v,
+        renormalized,
     ),
     "another-refill": (
         Reason.PROBABILITIES_CHANGED,
@@ -318,7 +342,7 @@ NO_ATTENTION = {
     "gate": lambda q, k, v: q.softmax(-1) * v,
     "linear-attention": lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
     "similarities": lambda q, k, v: (q @ k.mT).softmax(-1).amax(-1),
-    "mixture": lambda q, k, v: F.linear(q.softmax(-1), v[0, 0]),
+    "mixture": lambda q, k, v: functional.linear(q.softmax(-1), v[0, 0]),
 }
 
 
@@ -372,7 +396,7 @@ def test_graphs_of_autocast_are_rewritten(rewriting, inplace):
         with torch.autocast("cpu", torch.bfloat16):
             scores = q @ k.mT * S
             scores = scores.masked_fill_(hidden(), -torch.inf) if inplace else scores.masked_fill(hidden(), -torch.inf)
-            return F.softmax(scores, -1, dtype=torch.float32) @ v
+            return functional.softmax(scores, -1, dtype=torch.float32) @ v
 
     outcome = rewriting.rewrite(attend, *heads("q", "k", "v"), compiled=True)
     assert outcome.reasons == [""]
