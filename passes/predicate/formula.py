@@ -269,19 +269,28 @@ def compare(symbol: str, left: sympy.Expr, right: sympy.Expr) -> Formula:
         return truth(symbol in ("<=", "=="))
     difference = sympy.expand(left - right)
     if not (is_exact(left) and is_exact(right)):
-        # NaN and infinity do not obey arithmetic: only `data + c` against a number is understood.
-        _, data = difference.as_coeff_Add()
-        single = difference.atoms(AppliedUndef, Cast)
-        if not (left.is_number or right.is_number) or (data not in single and -data not in single):
-            raise UnknownError("it compares floating-point data with something that is not a constant")
-        if left.is_infinite or right.is_infinite:
-            raise UnknownError("it compares floating-point data with infinity")
+        _check_floating_point(left, right)
     if symbol == "<":
         return atom(Relation.BELOW, difference)
     if symbol == "<=":
         return atom(Relation.AT_MOST, difference)
     equal = atom(Relation.EQUAL, difference)
     return equal if symbol == "==" else negation(equal)
+
+
+def _check_floating_point(left: sympy.Expr, right: sympy.Expr) -> None:
+    """Refuses comparisons of floating-point data that exact arithmetic does not describe.
+
+    Data against a number is understood, and the sign of `data + c`: rounding never changes the sign of a sum.
+    Not so anything else: NaN and infinity do not obey arithmetic, and `data + c ≤ d` is not `data ≤ d − c`.
+    """
+    computed, limit = (left, right) if right.is_number else (right, left)
+    shift, data = computed.as_coeff_Add()
+    single = computed.atoms(AppliedUndef, Cast)
+    if not limit.is_number or (data not in single and -data not in single):
+        raise UnknownError("it compares floating-point data with something that is not a constant")
+    if limit.is_infinite or (shift != 0 and limit != 0):
+        raise UnknownError("it compares floating-point data, after arithmetic that may round it")
 
 
 class Cast(sympy.Function):

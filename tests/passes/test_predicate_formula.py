@@ -180,6 +180,12 @@ def test_other_comparisons_of_floating_point_data_are_unknown(other):
         compare("<=", DATA(X), other)
 
 
+def test_only_the_sign_of_a_rounded_sum_is_known():
+    assert compare("<=", DATA(X) + 1, sympy.Integer(0)) == compare("<=", DATA(X), sympy.Integer(-1))
+    with pytest.raises(UnknownError):
+        compare("<=", DATA(X) + 1, sympy.Integer(1))
+
+
 def test_converted_data_counts_as_what_it_is_converted_to():
     whole = sympy.Function("whole", integer=True)(X)
     assert Cast(whole, sympy.core.symbol.Str("int8")).is_integer
