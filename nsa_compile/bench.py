@@ -207,7 +207,10 @@ def run_benchmark(
         )
 
     def dense() -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        trained_query, trained_key, trained_value = leaves
+        return torch.nn.functional.scaled_dot_product_attention(
+            trained_query, trained_key, trained_value, is_causal=True, enable_gqa=True
+        )
 
     for name, backend in _dense_backends(leaves):
         with backend():
@@ -299,7 +302,7 @@ def _check(
         num_selected=config.num_selected,
     )
     wanted = reference.select_blocks(query, compressed_key, **numbers, **blocks, num_selected=config.num_selected)
-    block = {"selection_block": config.selection_block}
+    block: dict[str, Any] = {"selection_block": config.selection_block}
     if config.combine == "joint":
         expected, _ = reference.joint_attention(query, key, value, chosen, **block, window=config.window)
         output = nsa_attention(query, key, value, config=config)
@@ -358,11 +361,11 @@ def _dense_backends(leaves: list[Tensor]) -> Iterator[tuple[str, Callable[[], An
     if leaves[0].device.type != "cuda":
         yield "sdpa", contextlib.nullcontext
         return
-    probe = [each[:, :, :256].detach() for each in leaves]
+    query, key, value = (each[:, :, :256].detach() for each in leaves)
     for name, backend in _DENSE.items():
         try:
             with sdpa_kernel(backend):
-                torch.nn.functional.scaled_dot_product_attention(*probe, is_causal=True, enable_gqa=True)
+                torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         except RuntimeError:
             continue
         yield name, lambda backend=backend: sdpa_kernel(backend)
