@@ -161,9 +161,24 @@ def _is_weight(node: fx.Node) -> bool:
 
 def _is_passed(node: fx.Node) -> bool:
     """Whether a node may stand between a product and a softmax: no projection, normalization or other softmax."""
-    return node.op in ("call_function", "call_method") and operation(node) not in _ENDS
+    return operation(node) not in _ENDS
 
 
 _ENDS = frozenset(
-    ("softmax", "linear", "embedding", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d", "addmm", "topk")
+    (
+        "placeholder",
+        "get_attr",
+        "output",
+        "call_module",
+        "softmax",
+        "linear",
+        "embedding",
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "conv1d",
+        "conv2d",
+        "addmm",
+        "topk",
+    )
 )
