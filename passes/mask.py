@@ -128,6 +128,7 @@ class MaskProver:
     def __init__(self, read_constant: ConstantReader | None = None) -> None:
         self._interpreter = Interpreter(read_constant)
         self._proved: dict[Hashable, VisibleKeys | Rejection] = {}
+        self._held: dict[fx.Graph, HeldSizes] = {}
 
     def visible_keys(self, site: AttentionSite) -> VisibleKeys | Rejection:
         """Proves which keys each query of a site sees: what its masks and `is_causal` say together."""
@@ -199,12 +200,10 @@ class MaskProver:
         value = substitute_value(tensor.value, {axis(k): _merged(sizes, place) for k, place in enumerate(places)})
         if mask.kind is MaskKind.BLOCKED:
             return negation(formula_of(value))
-        if mask.kind is MaskKind.ALLOWED or not isinstance(value, tuple):
+        if mask.kind is MaskKind.ALLOWED:
             return formula_of(value)
-        if mask.factor != 1:
-            factor = number_expression(mask.factor)
-            value = combine(lambda bias: bias * factor, value)
-        allowed, bias = unbiased(value)
+        factor = number_expression(mask.factor)
+        allowed, bias = unbiased(combine(lambda bias: bias * factor, value))
         if bias is None:
             return allowed
         leaves = self._leaves([bias])
@@ -235,12 +234,18 @@ class MaskProver:
         anchor, level = reader, scope
         while level.graph_module is not home.graph_module and level.parent is not None:
             anchor, level = level.calls[0], level.parent
-        held = HeldSizes(anchor)
-        missing = [size for size in sizes_needed(result, sizes) if not held.can_compute(size)]
+        held = self._held_sizes(home)
+        missing = [size for size in sizes_needed(result, sizes) if not held.can_compute(size, anchor)]
         if missing:
             sentence = f"Nothing before the attention holds the size {missing[0]}, which the mask needs."
             return Rejection(Reason.MASK_NOT_PROVED, sentence, mask_nodes)
         return VisibleKeys(result, sizes, home, leaves)
+
+    def _held_sizes(self, scope: Scope) -> HeldSizes:
+        graph = scope.graph_module.graph
+        if graph not in self._held:
+            self._held[graph] = HeldSizes(graph)
+        return self._held[graph]
 
     def _leaves(self, parts: Iterable[sympy.Expr]) -> tuple[Leaf, ...]:
         names = {application.func.__name__ for part in parts for application in part.atoms(AppliedUndef)}
@@ -255,7 +260,7 @@ class MaskProver:
                 that is overwritten on the way where it still has its value.
             device: where new tensors live.
         """
-        builder = GraphBuilder(visible.scope.graph_module, before, device)
+        builder = GraphBuilder(visible.scope.graph_module, before, device, self._held_sizes(visible.scope))
         writes = self._interpreter.writes(visible.scope)
 
         def read(leaf: Leaf) -> fx.Node:

@@ -63,40 +63,38 @@ _SIZE_OPERATIONS: dict[str, Any] = {
 
 
 class HeldSizes:
-    """Which nodes hold a size, among those before a place in a graph."""
+    """Which nodes of a graph hold a size; the answers stay right while nodes are added."""
 
-    def __init__(self, before: fx.Node) -> None:
+    def __init__(self, graph: fx.Graph) -> None:
+        self._position = {node: number for number, node in enumerate(graph.nodes)}
         self._nodes: dict[sympy.Expr, fx.Node] = {}
         self._dimensions: dict[sympy.Expr, tuple[fx.Node, int]] = {}
-        preferences: dict[sympy.Expr, int] = {}
-        for node in before.graph.nodes:
-            if node is before:
-                break
+        for node in self._position:
             value = recorded_value(node)
             if isinstance(value, torch.SymInt):
                 self._nodes.setdefault(size_expression(value), node)
             elif isinstance(value, torch.Tensor):
-                # Inputs first, and small tensors before large ones: a size must not keep a dead mask alive.
-                preference = 0 if node.op == "placeholder" else 1 + value.dim()
+                # The first tensors are inputs: a size must not keep a dead mask alive.
                 for dim, size in enumerate(value.shape):
-                    expression = size_expression(size)
-                    if preference < preferences.get(expression, 1 << 30):
-                        preferences[expression] = preference
-                        self._dimensions[expression] = (node, dim)
+                    if isinstance(size, torch.SymInt):
+                        self._dimensions.setdefault(size_expression(size), (node, dim))
 
-    def node(self, expression: sympy.Expr) -> fx.Node | None:
-        """A node that is the size."""
-        return self._nodes.get(expression)
+    def node(self, expression: sympy.Expr, before: fx.Node) -> fx.Node | None:
+        """A node before another one that is the size."""
+        node = self._nodes.get(expression)
+        return node if node is not None and self._position[node] < self._position[before] else None
 
-    def dimension(self, expression: sympy.Expr) -> tuple[fx.Node, int] | None:
-        """A tensor and the dimension of it that has the size."""
-        return self._dimensions.get(expression)
+    def dimension(self, expression: sympy.Expr, before: fx.Node) -> tuple[fx.Node, int] | None:
+        """A tensor made before a node, and the dimension of it that has the size."""
+        held = self._dimensions.get(expression)
+        return held if held is not None and self._position[held[0]] < self._position[before] else None
 
-    def can_compute(self, expression: sympy.Expr) -> bool:
-        """Whether the size can be computed from what is held."""
-        if expression.is_Integer or expression in self._nodes or expression in self._dimensions:
+    def can_compute(self, expression: sympy.Expr, before: fx.Node) -> bool:
+        """Whether the size can be computed from what is held before a node."""
+        if expression.is_Integer or self.node(expression, before) or self.dimension(expression, before):
             return True
-        return expression.func.__name__ in _SIZE_OPERATIONS and all(map(self.can_compute, expression.args))
+        known = expression.func.__name__ in _SIZE_OPERATIONS
+        return known and all(self.can_compute(part, before) for part in expression.args)
 
 
 class GraphBuilder:
@@ -106,13 +104,15 @@ class GraphBuilder:
         graph_module: owner of the graph.
         before: new nodes are inserted before it, in program order.
         device: where new tensors live.
+        held: the sizes that the graph holds.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, before: fx.Node, device: torch.device) -> None:
+    def __init__(self, graph_module: fx.GraphModule, before: fx.Node, device: torch.device, held: HeldSizes) -> None:
         self.device = device
         self._graph_module = graph_module
+        self._before = before
         self._emitter = Emitter(graph_module, before)
-        self._held = HeldSizes(before)
+        self._held = held
         self._sizes: dict[sympy.Expr, int | fx.Node] = {}
         tensors = [node for node in graph_module.graph.nodes if tensor_of(node) is not None]
         self._is_exported = bool(tensors) and "example_value" not in tensors[0].meta
@@ -181,11 +181,11 @@ class GraphBuilder:
         if expression.is_Integer:
             return int(expression)
         if expression not in self._sizes:
-            self._sizes[expression] = self._held.node(expression) or self._computed_size(expression)
+            self._sizes[expression] = self._held.node(expression, self._before) or self._computed_size(expression)
         return self._sizes[expression]
 
     def _computed_size(self, expression: sympy.Expr) -> fx.Node:
-        held = self._held.dimension(expression)
+        held = self._held.dimension(expression, self._before)
         if held is not None:
             return self._add(torch.ops.aten.sym_size.int if self._is_exported else torch.Tensor.size, held, {})
         target = _SIZE_OPERATIONS[expression.func.__name__]

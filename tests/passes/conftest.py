@@ -15,14 +15,15 @@ from torch.utils import _pytree as pytree
 
 from nsa_compile import NSAConfig
 from nsa_compile.passes.find import find_sites
-from nsa_compile.passes.mask import MaskProver, VisibleKeys
+from nsa_compile.passes.find import find_sites
+from nsa_compile.passes.mask import MaskProver, VisibleKeys, sizes_of
 from nsa_compile.passes.metadata import recorded_value, tensor_of
 from nsa_compile.passes.plan import Decision, plan_rewrite
 from nsa_compile.passes.predicate.interval import Sizes
 from nsa_compile.passes.predicate.tensor import size_expression
 from nsa_compile.passes.rewrite import apply_plan
 from nsa_compile.passes.scopes import walk_scopes
-from nsa_compile.passes.sites import Mask, MaskKind, Reason, Rejection, Scope
+from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Reason, Rejection, Scope
 
 SDPA = (
     functional.scaled_dot_product_attention,
@@ -34,13 +35,18 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 @dataclasses.dataclass
 class Site:
-    """An SDPA call of a captured graph."""
+    """An attention of a captured graph."""
 
     node: fx.Node
     scope: Scope
-    mask: Mask | None
+    masks: tuple[Mask, ...]
     is_causal: bool
     sizes: Sizes
+
+    @property
+    def mask(self) -> Mask:
+        (mask,) = self.masks
+        return mask
 
 
 def sites_of(graph_module: fx.GraphModule) -> list[Site]:
@@ -54,10 +60,11 @@ def sites_of(graph_module: fx.GraphModule) -> list[Site]:
             mask = arguments.get("attn_mask")
             query, key = tensor_of(arguments["query"]), tensor_of(arguments["key"])
             sizes = Sizes(*map(size_expression, (*query.shape[:3], key.shape[2])))
+            masks = ()
             if mask is not None:
                 kind = MaskKind.ALLOWED if tensor_of(mask).dtype == torch.bool else MaskKind.ADDITIVE
-                mask = Mask(mask, kind)
-            found.append(Site(node, scope, mask, bool(arguments.get("is_causal", False)), sizes))
+                masks = (Mask(mask, kind),)
+            found.append(Site(node, scope, masks, bool(arguments.get("is_causal", False)), sizes))
     return found
 
 
@@ -110,8 +117,8 @@ class _Values(fx.Interpreter):
 
 def run_graph(
     graph_module: fx.GraphModule, inputs: Sequence[Any], reader: fx.Node, wanted: Sequence[fx.Node]
-) -> dict[fx.Node, Any]:
-    """What `reader` sees of nodes, for tensors as inputs; size inputs are found from the tensors' shapes."""
+) -> tuple[dict[fx.Node, Any], dict[Any, int]]:
+    """What `reader` sees of nodes, and all sizes, for tensors as inputs; sizes are found from the tensors' shapes."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     sizes: dict[Any, int] = {}
@@ -126,7 +133,24 @@ def run_graph(
     ]
     interpreter = _Values(graph_module, reader, wanted)
     interpreter.run(*given)
-    return interpreter.kept
+    return interpreter.kept, sizes
+
+
+def allowed(values: torch.Tensor, mask: Mask, shape: tuple[int, ...]) -> torch.Tensor:
+    """A mask's values as a bool mask `[B, H, T, S]` of the visible keys."""
+    if mask.axes is not None:
+        extended = [dim for dim, size in enumerate(values.shape) if size != 1]
+        axes = [axis for dim in extended for axis in mask.axes[dim]]
+        split = values.reshape([shape[axis] for axis in axes])
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        values = split.permute(order).reshape([shape[axis] if axis in axes else 1 for axis in range(4)])
+    if mask.kind is MaskKind.ADDITIVE:
+        values = values * mask.factor
+        assert bool(((values == 0) | (values <= -10_000)).all())
+        values = values == 0
+    elif mask.kind is MaskKind.BLOCKED:
+        values = values == 0
+    return (values != 0).expand(shape)
 
 
 def dense(first: Any, last: Any, valid: Any, is_causal: bool, queries: int, keys: int) -> torch.Tensor:
@@ -156,18 +180,18 @@ class Proof:
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Asserts that, for these inputs, the interval is the mask."""
-        nodes = [n for n in (self.emitted.first_key, self.emitted.last_key, self.emitted.key_valid) if n is not None]
-        arguments = dict(zip(_ARGUMENTS, self.site.node.args, strict=False)) | self.site.node.kwargs
-        wanted = [*nodes, self.site.mask.node, arguments["query"], arguments["key"]]
-        values = run_graph(self.root, inputs, self.site.node, wanted)
-        query, key, mask = (values[n] for n in (arguments["query"], arguments["key"], self.site.mask.node))
-        if self.site.mask.kind is MaskKind.ADDITIVE:
-            assert bool(((mask == 0) | (mask <= -10_000)).all())
-            mask = mask == 0
-        ends = (values.get(n) for n in (self.emitted.first_key, self.emitted.last_key, self.emitted.key_valid))
-        shape = (*query.shape[:3], key.shape[2])
-        interval = dense(*ends, self.emitted.is_causal, *shape[2:])
-        assert torch.equal(interval.expand(shape), mask.expand(shape)), self.visible.proof
+        ends = (self.emitted.first_key, self.emitted.last_key, self.emitted.key_valid)
+        wanted = [*(node for node in ends if node is not None), *(mask.node for mask in self.site.masks)]
+        values, sizes = run_graph(self.root, inputs, self.site.node, wanted)
+        symbolic = (self.site.sizes.batch, self.site.sizes.heads, self.site.sizes.queries, self.site.sizes.keys)
+        shape = tuple(int(size.subs(sizes)) for size in symbolic)
+        interval = dense(*(values.get(node) for node in ends), self.emitted.is_causal, *shape[2:])
+        expected = torch.ones(shape, dtype=torch.bool)
+        if self.site.is_causal:
+            expected = expected.tril()
+        for mask in self.site.masks:
+            expected = expected & allowed(values[mask.node], mask, shape)
+        assert torch.equal(interval.expand(shape), expected), self.visible.proof
 
     @property
     def text(self) -> str:
@@ -183,11 +207,16 @@ class Oracle:
     def sites(self, graph_module: fx.GraphModule) -> list[Site]:
         return sites_of(graph_module)
 
+    @staticmethod
+    def found_sites(graph_module: fx.GraphModule) -> list[Site]:
+        """The attentions that the finder reads, however they are spelled; those that it declines are left out."""
+        found = [site for site in find_sites(graph_module) if isinstance(site, AttentionSite)]
+        return [Site(site.node, site.scope, site.masks, site.is_causal, sizes_of(site)) for site in found]
+
     def prove(self, graph_module: fx.GraphModule, site: Site, **options: Any) -> "Proof | Rejection":
         """Proves one site's mask and writes the interval into the graph that it belongs to."""
         prover = self.provers.setdefault(graph_module, MaskProver(**options))
-        masks = () if site.mask is None else (site.mask,)
-        visible = prover.prove(masks, site.is_causal, site.sizes, site.scope, site.node)
+        visible = prover.prove(site.masks, site.is_causal, site.sizes, site.scope, site.node)
         if isinstance(visible, Rejection):
             return visible
         before, scope = site.node, site.scope
@@ -220,7 +249,7 @@ class Oracle:
         (graph_module,) = recorder.graphs
         (site,) = sites_of(graph_module)
         if kind is not None:
-            site.mask = Mask(site.mask.node, kind)
+            site.masks = (Mask(site.mask.node, kind),)
         result = self.prove(graph_module, site, **options)
         if isinstance(result, Proof):
             result.check(recorder.inputs[0])

@@ -249,6 +249,10 @@ def test_the_reason_names_the_operation_that_stopped_the_proof(oracle):
     assert [node.target for node in result.nodes] == [torch.kron]
 
 
+def test_a_boolean_mask_that_is_added_is_a_bias(oracle):
+    oracle.assert_declined(oracle.prove_program(causal, kind=MaskKind.ADDITIVE), Reason.ADDITIVE_BIAS)
+
+
 def test_a_mask_that_is_to_be_read_the_other_way_round_is_declined(oracle):
     result = oracle.prove_program(causal, kind=MaskKind.BLOCKED)
     oracle.assert_declined(result, Reason.BIDIRECTIONAL)
