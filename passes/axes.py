@@ -116,6 +116,21 @@ def unify(left: Iterable[Axis], right: Iterable[Axis]) -> bool:
     return not mine and not theirs
 
 
+def unify_as_required(left: Dimension, right: Dimension) -> bool:
+    """Identifies two dimensions that the operation which reads them requires to be equal.
+
+    Sizes that are written in different symbols need not be known to be equal: Dynamo gives the lengths of keys and
+    values symbols of their own.  Only sizes that are certainly different fail.
+    """
+    if unify(left, right):
+        return True
+    sizes = size_of(leaves(left)), size_of(leaves(right))
+    if all(isinstance(size, int) for size in sizes) or not len(leaves(left)) == len(leaves(right)) == 1:
+        return False
+    leaves(left)[0].identify(leaves(right)[0])
+    return True
+
+
 def unify_dimensions(left: Dimensions, right: Dimensions) -> bool:
     """Identifies the axes of two tensors of equal rank, dimension by dimension."""
     return len(left) == len(right) and all(unify(one, other) for one, other in zip(left, right, strict=True))

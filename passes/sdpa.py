@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from nsa_compile.passes.assemble import assemble
-from nsa_compile.passes.axes import Dimension, dimension, dimensions, unify
+from nsa_compile.passes.axes import Dimension, dimension, dimensions, unify, unify_as_required
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.layout import LabelledTensor
 from nsa_compile.passes.metadata import dtype_of, number_of, place_of, shape_of
@@ -88,7 +88,7 @@ def _parts(
             if not _shares_heads(mine, theirs, is_grouped):
                 return f"Dimension {position} of the query does not fit that of key or value: {shapes}."
     *lead, length, depth = query
-    if not unify(depth, key[-1]) or not unify(key[-2], value[-2]):
+    if not unify_as_required(depth, key[-1]) or not unify_as_required(key[-2], value[-2]):
         return f"The sizes of query, key and value do not fit: {shapes}."
     scores = (*lead, length, key[-2])
     masks = ()
@@ -119,7 +119,7 @@ def _shares_heads(query: Dimension, key: Dimension, is_grouped: bool) -> bool:
         (heads,), (kv_heads,) = query, key
         if isinstance(heads.size, int) and isinstance(kv_heads.size, int) and heads.size % kv_heads.size == 0:
             return unify(query, (*key, *dimension(heads.size // kv_heads.size)))
-    return unify(query, key)
+    return unify_as_required(query, key)
 
 
 def mask_kind(node: fx.Node) -> MaskKind:
