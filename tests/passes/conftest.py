@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from nsa_compile import NSAConfig
 from nsa_compile.passes.find import find_sites
-from nsa_compile.passes.find import find_sites
 from nsa_compile.passes.mask import MaskProver, VisibleKeys, sizes_of
 from nsa_compile.passes.metadata import recorded_value, tensor_of
 from nsa_compile.passes.plan import Decision, plan_rewrite
@@ -91,11 +90,13 @@ def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def capture(function: Callable[..., Any], *args: Any, dynamic: bool | None = None, **kwargs: Any) -> Recorder:
-    """Runs a function or module under Dynamo once, without gradients."""
+def capture(
+    function: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
+) -> Recorder:
+    """Runs a function or module under Dynamo once."""
     torch._dynamo.reset()
     recorder = Recorder()
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         torch.compile(function, backend=recorder, dynamic=dynamic)(*args, **kwargs)
     return recorder
 
