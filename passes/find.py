@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from nsa_compile.passes.fused import is_fused_attention, read_fused_attention
 from nsa_compile.passes.multihead import (
     is_encoder_layer,
     is_multihead_call,
@@ -20,6 +21,7 @@ _READERS = (
     (is_softmax, read_softmax),
     (is_multihead_call, read_multihead_call),
     (is_encoder_layer, read_encoder_layer),
+    (is_fused_attention, read_fused_attention),
 )
 
 

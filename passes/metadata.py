@@ -16,14 +16,6 @@ from nsa_compile.passes.sites import Place, Scope, Shape, Size
 VALUE_KEYS = ("example_value", "val")
 # Names that tracers give to parameters and buffers: Dynamo's, and torch.export's prefixes.
 _PARAMETER_NAME = re.compile(r"_(parameters|buffers)_|^(p|b|c)_")
-# Calls whose second argument fills the tensor they make.
-_FILLS = (
-    torch.full,
-    torch.full_like,
-    torch.ops.aten.full.default,
-    torch.ops.aten.full_like.default,
-    torch.ops.aten.new_full.default,
-)
 
 
 def recorded_value(node: Any) -> Any:
@@ -71,19 +63,6 @@ def number_of(value: Any) -> "float | int | bool | None":
         expression = value.node.expr
         if not expression.free_symbols:
             return value.node.pytype(expression)
-    return None
-
-
-def constant_of(value: Any) -> "float | int | bool | None":
-    """Returns the number that a constant stands for, also as a tensor of one element; None for anything else."""
-    number = number_of(value)
-    if number is not None or not isinstance(value, fx.Node):
-        return number
-    known = getattr(recorded_value(value), "constant", None)
-    if known is not None and known.numel() == 1:
-        return known.item()
-    if value.target in _FILLS and (tensor_of(value) is None or tensor_of(value).numel() == 1):
-        return number_of(value.args[1] if len(value.args) > 1 else value.kwargs.get("fill_value"))
     return None
 
 

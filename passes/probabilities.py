@@ -8,14 +8,31 @@ from torch import fx
 
 from nsa_compile.passes.axes import Dimension, Dimensions, leaves, unify_dimensions
 from nsa_compile.passes.calls import arguments, operation
+from nsa_compile.passes.constants import constant_of
 from nsa_compile.passes.contractions import Contraction, contracted, is_contraction, read_contraction
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import constant_of
+from nsa_compile.passes.metadata import number_of
 from nsa_compile.passes.parts import Problem
 from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.scores import Scores, is_inactive_dropout
 from nsa_compile.passes.sites import MaskKind, Reason
 from nsa_compile.passes.views import forth_through
+
+# What these make of a tensor depends on its shape, not on its values.
+_SHAPE_READERS = frozenset(
+    (
+        "full_like",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "new_full",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "size",
+        "dim",
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +61,7 @@ def follow_probabilities(softmax: fx.Node, dims: Dimensions, keys: Dimension, wr
     """
     node, refills = softmax, []
     while True:
-        users = [user for user in node.users if not _is_dead(user)]
+        users = [user for user in node.users if _reads_values(user)]
         if len(users) != 1 or users[0].op == "output":
             names = ", ".join(user.name for user in users)
             return Problem(Reason.ATTENTION_WEIGHTS_USED, f"{node} is used by {names or 'nothing'}.", tuple(users))
@@ -62,7 +79,7 @@ def follow_probabilities(softmax: fx.Node, dims: Dimensions, keys: Dimension, wr
         name = operation(user)
         if name == "dropout" and not is_inactive_dropout(bound):
             return Problem(Reason.DROPOUT, f"{user} drops probabilities out.", (user,))
-        refill = _refill(name, bound, node)
+        refill = _refill(user, bound, node, writes)
         if refill is not None:
             refills.append(refill)
         elif not _is_unchanged(name, bound, node):
@@ -90,8 +107,10 @@ def _product(
     return unread
 
 
-def _is_dead(user: fx.Node) -> bool:
-    return not user.users and user.op != "output" and not user.is_impure() and not written_by(user)
+def _reads_values(user: fx.Node) -> bool:
+    if user.op == "output" or user.is_impure() or written_by(user):
+        return True
+    return bool(user.users) and operation(user) not in _SHAPE_READERS
 
 
 def _is_unchanged(name: str, bound: Mapping[str, Any], node: fx.Node) -> bool:
@@ -99,16 +118,20 @@ def _is_unchanged(name: str, bound: Mapping[str, Any], node: fx.Node) -> bool:
     if bound.get("input") is not node:
         return False
     # NaN comes from rows that see nothing.
-    return name in ("to", "dropout") or (name == "nan_to_num" and constant_of(bound.get("nan", 0)) == 0)
+    return name in ("to", "dropout") or (name == "nan_to_num" and number_of(bound.get("nan") or 0) == 0)
 
 
-def _refill(name: str, bound: Mapping[str, Any], node: fx.Node) -> tuple[fx.Node, MaskKind] | None:
+def _refill(user: fx.Node, bound: Mapping[str, Any], node: fx.Node, writes: Writes) -> tuple[fx.Node, MaskKind] | None:
     """Reads an operation that sets some probabilities to 0."""
-    if name == "masked_fill" and bound["input"] is node and constant_of(bound["value"]) == 0:
+
+    def is_zero(name: str) -> bool:
+        return constant_of(bound[name], user, writes) == 0
+
+    if operation(user) == "masked_fill" and bound.get("input") is node and is_zero("value"):
         return bound["mask"], MaskKind.BLOCKED
-    if name == "where" and bound["input"] is node and constant_of(bound["other"]) == 0:
+    if operation(user) == "where" and bound.get("input") is node and is_zero("other"):
         return bound["condition"], MaskKind.ALLOWED
-    if name == "where" and bound["other"] is node and constant_of(bound["input"]) == 0:
+    if operation(user) == "where" and bound.get("other") is node and is_zero("input"):
         return bound["condition"], MaskKind.BLOCKED
     return None
 
@@ -126,7 +149,7 @@ def is_redundant(refill: tuple[fx.Node, MaskKind], scores: Scores, softmax_input
     while isinstance(node, fx.Node) and operation(node) in ("logical_not", "bitwise_not", "any", "all", "eq"):
         names.append(operation(node).replace("bitwise", "logical"))
         if names[-1] == "eq":
-            is_minus_infinity = len(node.args) > 1 and constant_of(node.args[1]) == float("-inf")
+            is_minus_infinity = len(node.args) > 1 and number_of(node.args[1]) == float("-inf")
             is_asked_of_scores = node.args[0] is softmax_input and is_minus_infinity
             asks_all = names in (["logical_not", "any", "logical_not", "eq"], ["all", "eq"])
             return kind is MaskKind.BLOCKED and is_asked_of_scores and asks_all

@@ -9,9 +9,10 @@ from torch import fx
 
 from nsa_compile.passes.axes import Dimension, Dimensions, flat, leaves, unify_dimensions
 from nsa_compile.passes.calls import arguments, operation
+from nsa_compile.passes.constants import constant_of
 from nsa_compile.passes.contractions import Contraction, is_contraction, read_contraction
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import constant_of, dtype_of, recorded_value, same_shape, shape_of
+from nsa_compile.passes.metadata import dtype_of, number_of, recorded_value, same_shape, shape_of
 from nsa_compile.passes.parts import FactorPart, MaskPart, Problem
 from nsa_compile.passes.predicate.additive import MASKED_BELOW
 from nsa_compile.passes.predicate.writes import Writes
@@ -132,6 +133,9 @@ class ScoreReader:
             return Problem(_KNOWN_BY_NAME.get(name, Reason.UNKNOWN_SPELLING), sentence, (state.node,))
         return rule(self, state, bound)
 
+    def _constant(self, value: Any, state: _State) -> "float | int | bool | None":
+        return constant_of(value, state.node, self._writes)
+
     def _operands(self, state: _State, bound: _Bound, commutes: bool) -> Iterator[tuple[fx.Node, Any]]:
         """Pairs the operand that may be the scores, by its shape, with the other one."""
         pairs = [(bound["input"], bound["other"])]
@@ -169,7 +173,7 @@ class ScoreReader:
         is_divisor = operation(state.node) == "div"
         outcomes = []
         for scores, other in self._operands(state, bound, commutes=not is_divisor):
-            number = constant_of(other)
+            number = self._constant(other, state)
             if number:
                 factor = 1 / number if is_divisor else number
                 return [state.back_to(scores, scale=state.scale * factor)]
@@ -190,8 +194,10 @@ class ScoreReader:
         sign = -1 if operation(state.node) == "sub" else 1
         outcomes: list[_State | Problem] = []
         for scores, other in self._operands(state, bound, commutes=sign == 1):
-            factor = constant_of(bound.get("alpha", 1))
-            if constant_of(other) is not None or (sign == -1 and self._is_stabilizer(other, scores, state.dims)):
+            factor = number_of(bound.get("alpha", 1))
+            if self._constant(other, state) is not None or (
+                sign == -1 and self._is_stabilizer(other, scores, state.dims)
+            ):
                 # The same for all keys: the softmax does not see it.
                 return [state.back_to(scores)]
             if factor is None or not isinstance(other, fx.Node) or not dtype_of(other).is_floating_point:
@@ -221,12 +227,12 @@ class ScoreReader:
 
     def _chosen(self, state: _State, bound: _Bound) -> _Outcome:
         condition, chosen, other = bound["condition"], bound["input"], bound["other"]
-        if constant_of(other) is not None:
+        if self._constant(other, state) is not None:
             return self._hidden(state, chosen, condition, MaskKind.ALLOWED, other)
         return self._hidden(state, other, condition, MaskKind.BLOCKED, chosen)
 
     def _hidden(self, state: _State, scores: Any, mask: Any, kind: MaskKind, value: Any) -> _Outcome:
-        number = constant_of(value)
+        number = self._constant(value, state)
         if number is None or not isinstance(mask, fx.Node) or not isinstance(scores, fx.Node):
             return Problem(Reason.UNKNOWN_SPELLING, f"{state.node} fills in something unknown.", (state.node,))
         if number * state.scale > MASKED_BELOW:
@@ -240,7 +246,7 @@ class ScoreReader:
     def _clamped(self, state: _State, bound: _Bound) -> _Outcome:
         """A lower limit so low that only hidden keys reach it changes nothing."""
         limits = [bound[name] for name in ("min", "other") if bound.get(name) is not None]
-        number = constant_of(limits[0]) if len(limits) == 1 and bound.get("max") is None else None
+        number = self._constant(limits[0], state) if len(limits) == 1 and bound.get("max") is None else None
         if number is None or number * state.scale > MASKED_BELOW:
             return Problem(Reason.UNKNOWN_SPELLING, f"{state.node} limits the scores.", (state.node,))
         return [state.back_to(bound["input"])]
@@ -248,7 +254,7 @@ class ScoreReader:
 
 def is_inactive_dropout(bound: _Bound) -> bool:
     """Tells whether a dropout does nothing: in evaluation, or with probability 0."""
-    return constant_of(bound.get("training", True)) == 0 or constant_of(bound.get("p", 0.5)) == 0
+    return number_of(bound.get("training", True)) == 0 or number_of(bound.get("p", 0.5)) == 0
 
 
 _RULES: Mapping[str, Callable[[ScoreReader, _State, _Bound], _Outcome]] = {

@@ -20,7 +20,6 @@ class Reason(enum.Enum):
     UNSUPPORTED_CALL = "The call's arguments are not ones that can be read from the graph."
     UNSUPPORTED_SHAPE = "The tensors' shapes are not those of batched multi-head attention."
     UNSUPPORTED_DTYPE = "The tensors' dtypes are not ones that the operator takes."
-    UNSUPPORTED_DEVICE = "The tensors' device is not one that the operator runs on."
     UNSUPPORTED_HEAD_SIZE = "The head size is not one that the operator takes on this device."
     UNSUPPORTED_SCALE = "The scale of the scores is not a number that the graph fixes."
     SHARED_BODY = "The subgraph that holds the attention is run from several places that differ in what it needs."

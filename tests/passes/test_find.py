@@ -199,3 +199,32 @@ def test_weird_calls_are_declined_not_raised():
     x.meta["val"] = torch.empty(B, H, T, 4, device="meta")
     found = find_sites(fx.GraphModule(nn.Module(), graph))
     assert [rejection.reason for rejection in found] == [Reason.UNSUPPORTED_CALL] * 5
+
+
+def test_flex_attention_is_named(oracle):
+    flex_attention = torch.nn.attention.flex_attention.flex_attention
+    (rejection,) = captured(oracle, flex_attention, *(torch.randn(B, H, T, 16) for _ in range(3)))
+    assert rejection.reason is Reason.FUSED_ATTENTION
+    assert rejection.place.spelling == "flex_attention"
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_attention_is_read_after_decomposition_into_core_operators(written_out):
+    exported = torch.export.export(Model(written_out=written_out), (inputs(),)).run_decompositions()
+    sites = find_sites(exported.graph_module)
+    assert [site.place.spelling for site in sites] == ["softmax(Q Kᵀ) V"] * 2
+    assert {site.query.shape for site in sites} == {(B, H, T, E // H)}
+
+
+def test_modules_that_symbolic_trace_leaves_whole_are_named():
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(E, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    (rejection,) = find_sites(fx.symbolic_trace(Root()))
+    assert rejection.reason is Reason.FUSED_ATTENTION
+    assert rejection.place.spelling == "MultiheadAttention"

@@ -261,6 +261,12 @@ def renormalized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
+def with_mask_in_a_filled_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(T, T)
+    bias.masked_fill_(hidden(), -torch.inf)
+    return (q @ k.mT * S + bias).softmax(-1) @ v
+
+
 DECLINED = {
     "softcap": (Reason.SOFTCAP, lambda q, k, v: plain(torch.tanh(q @ k.mT * S / 30) * 30, v)),
     "sinks": (Reason.ATTENTION_SINKS, with_sinks),
@@ -350,6 +356,12 @@ NO_ATTENTION = {
 def test_softmax_that_is_no_attention_is_passed_over(rewriting, function):
     outcome = rewriting.rewrite(NO_ATTENTION[function], *heads("q", "k", "v"))
     assert outcome.decisions == []
+
+
+def test_a_tensor_that_was_filled_and_written_is_no_constant(rewriting):
+    outcome = rewriting.rewrite(with_mask_in_a_filled_tensor, *heads("q", "k", "v"))
+    outcome.assert_rewritten()
+    assert outcome.decisions[0].mask == "causal"
 
 
 def test_scores_that_are_used_elsewhere_stay(rewriting):
