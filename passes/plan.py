@@ -13,6 +13,7 @@ from nsa_compile.config import NSAConfig
 from nsa_compile.passes.dataflow import ActivationFlow, Relation
 from nsa_compile.passes.mask import MaskProver, VisibleKeys
 from nsa_compile.passes.metadata import dtype_of, number_of, recorded_value, same_size, tensor_of
+from nsa_compile.passes.predicate.interpreter import ConstantReader
 from nsa_compile.passes.scopes import is_extensible
 from nsa_compile.passes.sites import AttentionSite, Place, Reason, Rejection, Size
 
@@ -67,7 +68,9 @@ class RewritePlan:
         return tuple(decision for decision in self.decisions if decision.rejection is None)
 
 
-def plan_rewrite(found: Sequence[AttentionSite | Rejection], config: NSAConfig) -> RewritePlan:
+def plan_rewrite(
+    found: Sequence[AttentionSite | Rejection], config: NSAConfig, read_constant: ConstantReader | None = None
+) -> RewritePlan:
     """Decides for each attention whether it becomes NSA.
 
     Nothing changes but this: where a decision hangs on a symbolic length while Dynamo compiles, the length is
@@ -76,11 +79,12 @@ def plan_rewrite(found: Sequence[AttentionSite | Rejection], config: NSAConfig) 
     Args:
         found: what `find_sites` returned.
         config: the configuration to rewrite for.
+        read_constant: gives the values of tensors that nothing can change unnoticed, as `MaskProver` wants it.
 
     Returns:
         The plan, a decision for each of `found`.
     """
-    prover = MaskProver()
+    prover = MaskProver(read_constant)
     policy = _Policy(config, prover)
     return RewritePlan(config, tuple(policy.decide(each) for each in found), prover)
 
