@@ -20,37 +20,19 @@ from torch import fx
 
 from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.additive import unbiased
+from nsa_compile.passes.predicate.cases import combine, formula_of, substitute_value
 from nsa_compile.passes.predicate.causes import cause_of_bias, is_selection
 from nsa_compile.passes.predicate.emission import EmittedInterval, emit, is_plain_causal, sizes_needed
 from nsa_compile.passes.predicate.facts import decide
-from nsa_compile.passes.predicate.formula import (
-    TRUE,
-    Formula,
-    UnknownError,
-    combine,
-    compare,
-    conjunction,
-    expressions,
-    formula_of,
-    map_atoms,
-    negation,
-    substitute_value,
-)
+from nsa_compile.passes.predicate.formula import compare, conjunction, map_atoms, negation
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder, HeldSizes
 from nsa_compile.passes.predicate.interpreter import ConstantReader, Interpreter
-from nsa_compile.passes.predicate.interval import (
+from nsa_compile.passes.predicate.interval import Interval, Limit, Refusal, Sizes, read_interval
+from nsa_compile.passes.predicate.tensor import (
     B_INDEX,
     H_INDEX,
     KEY,
     QUERY,
-    Interval,
-    Limit,
-    Refusal,
-    Sizes,
-    read_interval,
-    text,
-)
-from nsa_compile.passes.predicate.tensor import (
     ZERO,
     AbstractTensor,
     Leaf,
@@ -59,6 +41,8 @@ from nsa_compile.passes.predicate.tensor import (
     number_expression,
     size_expression,
 )
+from nsa_compile.passes.predicate.terms import TRUE, Formula, UnknownError, expressions
+from nsa_compile.passes.predicate.words import text
 from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Reason, Rejection, Scope
 
 

@@ -2,12 +2,9 @@
 
 import sympy
 
-from nsa_compile.passes.predicate.formula import (
-    FALSE,
-    Cases,
-    Formula,
-    disjunction,
-)
+from nsa_compile.passes.predicate.cases import Cases
+from nsa_compile.passes.predicate.formula import disjunction
+from nsa_compile.passes.predicate.terms import FALSE, Formula
 
 # A bias of this or less hides a key: models write -inf, the dtype's minimum, -1e9 or -10000.  In the softmax such a
 # key weighs less than e**-9000 of one without bias whose score is within a thousand of it.

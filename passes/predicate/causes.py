@@ -7,8 +7,7 @@ import torch
 from torch import fx
 
 from nsa_compile.passes.metadata import recorded_value
-from nsa_compile.passes.predicate.interval import H_INDEX, KEY, QUERY
-from nsa_compile.passes.predicate.tensor import Leaf
+from nsa_compile.passes.predicate.tensor import H_INDEX, KEY, QUERY, Leaf
 from nsa_compile.passes.predicate.writes import target_name
 from nsa_compile.passes.sites import Reason, Scope
 

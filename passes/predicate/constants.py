@@ -3,8 +3,10 @@
 import sympy
 import torch
 
-from nsa_compile.passes.predicate.formula import TRUE, Cases, compare, conjunction, make_cases, negation
+from nsa_compile.passes.predicate.cases import Cases, make_cases
+from nsa_compile.passes.predicate.formula import compare, conjunction, negation
 from nsa_compile.passes.predicate.tensor import AbstractTensor, axis, make_tensor, number, number_expression
+from nsa_compile.passes.predicate.terms import TRUE
 
 
 def abstract_constant(tensor: torch.Tensor) -> AbstractTensor | None:

@@ -4,11 +4,13 @@ Every function answers "proved" or "not proved"; none guesses.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import sympy
 from sympy.core.function import AppliedUndef
 
-from nsa_compile.passes.predicate.formula import FALSE, TRUE, Atom, Formula, Relation, atom
+from nsa_compile.passes.predicate.formula import atom
+from nsa_compile.passes.predicate.terms import FALSE, TRUE, Atom, Formula, Relation, coefficient_of, replaced
 
 # Symbol -> its largest value; the smallest is 0.
 Ranges = Mapping[sympy.Symbol, sympy.Expr]
@@ -27,7 +29,7 @@ def largest(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
 def _extreme(expression: sympy.Expr, ranges: Ranges, lowest: bool) -> sympy.Expr | None:
     expression = sympy.expand(expression)
     for symbol in sorted(expression.free_symbols & set(ranges), key=str):
-        coefficient = expression.coeff(symbol)
+        coefficient = coefficient_of(symbol, expression)
         rest = expression - coefficient * symbol
         if rest.has(symbol) or not coefficient.is_number:
             return None
@@ -58,20 +60,18 @@ def _is_nonnegative_size(expression: sympy.Expr) -> bool:
         for symbol in expression.free_symbols
         if symbol.is_positive and symbol.is_integer
     }
-    return bool(sympy.expand(expression.xreplace(above_one)).is_extended_nonnegative)
+    return bool(sympy.expand(replaced(expression, above_one)).is_extended_nonnegative)
 
 
 def simplify(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr:
     """The expression with quotients and remainders of indices resolved where their range decides them."""
-    changes: dict[sympy.Expr, sympy.Expr] = {}
+    changes: dict[Any, Any] = {}
     for part in expression.atoms(sympy.floor, sympy.Mod):
-        if isinstance(part, sympy.Mod):
-            numerator, denominator = part.args
-        else:
-            numerator, denominator = sympy.fraction(sympy.together(part.args[0]))
+        quotient: Any = part.args if isinstance(part, sympy.Mod) else sympy.fraction(sympy.together(part.args[0]))
+        numerator, denominator = quotient
         if is_nonnegative(numerator, ranges) and is_positive(denominator - numerator, ranges):
             changes[part] = numerator if isinstance(part, sympy.Mod) else sympy.Integer(0)
-    return expression.xreplace(changes) if changes else expression
+    return replaced(expression, changes)
 
 
 def decide(part: Atom, ranges: Ranges) -> Formula:

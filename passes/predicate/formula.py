@@ -1,74 +1,26 @@
-"""True/false formulas over integer expressions, and numbers that depend on a formula.
+"""True/false formulas in normal form: how they are built, compared, negated and changed."""
 
-A mask is a formula over positions.  Formulas are kept in a normal form: conjunctions and disjunctions
-(flat, without repetitions) of atoms `e ≤ 0`, `e < 0`, `e = 0` and their negations, `e` a sympy expression.
-Over integers `e < 0` is written `e + 1 ≤ 0` and the negation of `e ≤ 0` is `1 − e ≤ 0`, so negations remain
-only around `=`.  Floating-point data may be NaN: there negations stay, and nothing is rewritten.
-"""
-
-import dataclasses
-import enum
 import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import sympy
 from sympy.core.function import AppliedUndef
 
-Substitution = Mapping[sympy.Expr, sympy.Expr]
-
-
-class UnknownError(Exception):
-    """An abstract operation cannot say what its result is; the message says why.
-
-    Not a user's error: the interpreter catches it and treats the result as opaque data.
-    """
-
-
-class Relation(enum.Enum):
-    """How an atom's expression is compared with 0."""
-
-    AT_MOST = "≤"
-    BELOW = "<"
-    EQUAL = "="
-
-
-@dataclasses.dataclass(frozen=True)
-class Atom:
-    """`expression relation 0`."""
-
-    relation: Relation
-    expression: sympy.Expr
-
-
-@dataclasses.dataclass(frozen=True)
-class Not:
-    """The negation of an atom."""
-
-    operand: Atom
-
-
-@dataclasses.dataclass(frozen=True)
-class And:
-    """All operands hold; with none it is true."""
-
-    operands: "tuple[Formula, ...]" = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Or:
-    """Some operand holds; with none it is false."""
-
-    operands: "tuple[Formula, ...]" = ()
-
-
-Formula = Atom | Not | And | Or
-TRUE = And()
-FALSE = Or()
-
-
-def truth(value: bool) -> Formula:
-    """TRUE or FALSE."""
-    return TRUE if value else FALSE
+from nsa_compile.passes.predicate.absorption import strongest, weakest
+from nsa_compile.passes.predicate.terms import (
+    And,
+    Atom,
+    Cast,
+    Formula,
+    Not,
+    Or,
+    Relation,
+    Substitution,
+    UnknownError,
+    is_exact,
+    replaced,
+    truth,
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -104,7 +56,7 @@ def _connect(formulas: Iterable[Formula], same: type, dual: type) -> Formula:
     if dual() in flat:
         return dual()
     if len(flat) > 1:
-        flat = _strongest(flat) if same is And else _weakest(flat)
+        flat = strongest(flat) if same is And else weakest(flat)
     literals = [part for part in flat if isinstance(part, (Atom, Not))]
     if len(flat) > 1:
         opposite = {negation(literal) for literal in literals}
@@ -129,62 +81,6 @@ def _connect(formulas: Iterable[Formula], same: type, dual: type) -> Formula:
             rest = (conjunction(*(operand for operand in part if operand not in common)) for part in parts)
             return conjunction(*common, disjunction(*rest))
     return next(iter(flat)) if len(flat) == 1 else same(tuple(flat))
-
-
-def _limits(parts: Iterable[Formula]) -> dict[sympy.Expr, list[tuple[sympy.Expr, Atom]]]:
-    """The integer atoms `r + c ≤ 0` among the parts, by their `r`, with their numbers `c`."""
-    found: dict[sympy.Expr, list[tuple[sympy.Expr, Atom]]] = {}
-    for part in parts:
-        if isinstance(part, Atom) and part.relation is Relation.AT_MOST and part.expression.is_integer:
-            constant, rest = part.expression.as_coeff_Add()
-            found.setdefault(rest, []).append((constant, part))
-    return found
-
-
-def _strongest(parts: dict[Formula, None]) -> dict[Formula, None]:
-    """Of conjuncts that limit the same expression, the tightest; `e ≤ 0` and `e ≠ 0` is `e < 0`."""
-    for limits in _limits(parts).values():
-        tightest = max(limits, key=lambda limit: limit[0])[1]
-        parts = {part: None for part in parts if part is tightest or not any(part is atom for _, atom in limits)}
-        for part in list(parts):
-            if not isinstance(part, Not) or part.operand.relation is not Relation.EQUAL:
-                continue
-            excluded = part.operand.expression
-            if tightest.expression in (excluded, -excluded):
-                parts = {other: None for other in parts if other is not part and other is not tightest}
-                parts[Atom(Relation.AT_MOST, tightest.expression + 1)] = None
-                break
-            if _implies(excluded, 1 - tightest.expression):
-                # What is excluded lies outside the limit anyway.
-                parts = {other: None for other in parts if other is not part}
-    return parts
-
-
-def _weakest(parts: dict[Formula, None]) -> dict[Formula, None]:
-    """Of disjuncts that limit the same expression, the loosest; `e < 0` or `e = 0` is `e ≤ 0`."""
-    for limits in _limits(parts).values():
-        loosest = min(limits, key=lambda limit: limit[0])[1]
-        parts = {part: None for part in parts if part is loosest or not any(part is atom for _, atom in limits)}
-        for part in list(parts):
-            if not isinstance(part, Atom) or part.relation is not Relation.EQUAL:
-                continue
-            if loosest.expression - 1 in (part.expression, -part.expression):
-                parts = {other: None for other in parts if other is not part and other is not loosest}
-                parts[Atom(Relation.AT_MOST, loosest.expression - 1)] = None
-                break
-            if _implies(part.expression, loosest.expression):
-                parts = {other: None for other in parts if other is not part}
-    return parts
-
-
-def _implies(zero: sympy.Expr, limited: sympy.Expr) -> bool:
-    """Whether `zero = 0` is known to imply `limited ≤ 0`."""
-    for symbol in zero.free_symbols & limited.free_symbols:
-        coefficient = zero.coeff(symbol)
-        rest = sympy.expand(zero - coefficient * symbol)
-        if coefficient in (1, -1) and not rest.has(symbol):
-            return bool(sympy.expand(limited.xreplace({symbol: -coefficient * rest})).is_nonpositive)
-    return False
 
 
 def if_else(condition: Formula, then: Formula, otherwise: Formula) -> Formula:
@@ -252,11 +148,6 @@ def _decide(relation: Relation, expression: sympy.Expr) -> bool | None:
     return True if holds else False if fails else None
 
 
-def is_exact(expression: sympy.Expr) -> bool:
-    """Whether no floating-point data takes part: integers (and constants) only."""
-    return all(application.is_integer for application in expression.atoms(AppliedUndef, Cast))
-
-
 def compare(symbol: str, left: sympy.Expr, right: sympy.Expr) -> Formula:
     """`left symbol right`, `symbol` one of <, <=, >, >=, ==, !=.
 
@@ -293,41 +184,6 @@ def _check_floating_point(left: sympy.Expr, right: sympy.Expr) -> None:
         raise UnknownError("it compares floating-point data, after arithmetic that may round it")
 
 
-class Cast(sympy.Function):
-    """`Cast(x, dtype name)`: data converted to a dtype that may change its value."""
-
-    @classmethod
-    def eval(cls, *_: sympy.Basic) -> None:
-        """Stays unevaluated."""
-        return
-
-    def _eval_is_integer(self) -> bool | None:
-        return True if "int" in str(self.args[1]) else None
-
-    def _eval_is_extended_real(self) -> bool:
-        return True
-
-
-def expressions(formula: Formula) -> set[sympy.Expr]:
-    """The expressions that the formula's atoms compare with 0."""
-    found: set[sympy.Expr] = set()
-    pending = [formula]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, Atom):
-            found.add(part.expression)
-        elif isinstance(part, Not):
-            found.add(part.operand.expression)
-        else:
-            pending.extend(part.operands)
-    return found
-
-
-def free_symbols(formula: Formula) -> set[sympy.Basic]:
-    """The symbols that the formula depends on."""
-    return set().union(*(expression.free_symbols for expression in expressions(formula)))
-
-
 def map_atoms(formula: Formula, change: Callable[[Atom], Formula]) -> Formula:
     """The formula with each atom replaced."""
     if isinstance(formula, Atom):
@@ -350,7 +206,7 @@ def map_expressions(formula: Formula, change: Callable[[sympy.Expr], sympy.Expr]
 
 def substitute(formula: Formula, substitution: Substitution) -> Formula:
     """The formula with symbols or applications replaced, simultaneously."""
-    return map_expressions(formula, lambda expression: expression.xreplace(substitution))
+    return map_expressions(formula, lambda expression: replaced(expression, substitution))
 
 
 def assume(formula: Formula, known: Mapping[Formula, bool]) -> Formula:
@@ -363,90 +219,3 @@ def assume(formula: Formula, known: Mapping[Formula, bool]) -> Formula:
         return formula
     connect = conjunction if isinstance(formula, And) else disjunction
     return connect(*(assume(operand, known) for operand in formula.operands))
-
-
-# A number that depends on a formula: (condition, expression) pairs; exactly one condition holds.
-Cases = tuple[tuple[Formula, sympy.Expr], ...]
-Value = Formula | Cases
-_MOST_CASES = 12
-
-
-def cases_of(value: Value) -> Cases:
-    """A number; true counts 1 and false 0."""
-    if isinstance(value, tuple):
-        return value
-    return make_cases([(value, sympy.Integer(1)), (negation(value), sympy.Integer(0))])
-
-
-def make_cases(pairs: Iterable[tuple[Formula, sympy.Expr]]) -> Cases:
-    """Cases with impossible ones dropped and equal ones merged; the conditions must be exclusive and exhaustive.
-
-    Raises:
-        UnknownError: there are too many cases to reason about.
-    """
-    merged: dict[sympy.Expr, Formula] = {}
-    for condition, given in pairs:
-        if condition != FALSE:
-            expression = given if given.is_number else _under(condition, given)
-            merged[expression] = disjunction(merged[expression], condition) if expression in merged else condition
-    if len(merged) > _MOST_CASES:
-        raise UnknownError("its value depends on too many conditions")
-    if len(merged) == 1:
-        return ((TRUE, next(iter(merged))),)
-    return tuple((condition, expression) for expression, condition in merged.items())
-
-
-def _under(condition: Formula, expression: sympy.Expr) -> sympy.Expr:
-    """The expression where the condition holds: with `e = 0` known, `e + c` is `c`."""
-    for part in condition.operands if isinstance(condition, And) else (condition,):
-        if isinstance(part, Atom) and part.relation is Relation.EQUAL:
-            for sign in (1, -1):
-                rest = sympy.expand(expression + sign * part.expression)
-                if rest.is_number:
-                    return rest
-    return expression
-
-
-def formula_of(value: Value) -> Formula:
-    """Whether the value is true: for a number, whether it is not 0."""
-    if not isinstance(value, tuple):
-        return value
-    return disjunction(*(conjunction(c, compare("!=", e, sympy.Integer(0))) for c, e in value))
-
-
-def combine(function: Callable[..., sympy.Expr], *values: Value) -> Cases:
-    """`function` applied to numbers case by case."""
-    pairs: list[tuple[Formula, tuple[sympy.Expr, ...]]] = [(TRUE, ())]
-    for value in values:
-        pairs = [
-            (both, (*given, expression))
-            for condition, given in pairs
-            for other, expression in cases_of(value)
-            if (both := conjunction(condition, other)) != FALSE
-        ]
-        if len(pairs) > _MOST_CASES**2:
-            raise UnknownError("its value depends on too many conditions")
-    return make_cases((condition, function(*given)) for condition, given in pairs)
-
-
-def substitute_value(value: Value, substitution: Substitution) -> Value:
-    """The formula or number with symbols replaced."""
-    if not isinstance(value, tuple):
-        return substitute(value, substitution)
-    return make_cases((substitute(c, substitution), e.xreplace(substitution)) for c, e in value)
-
-
-def value_symbols(value: Value) -> set[sympy.Basic]:
-    """The symbols that a formula or number depends on."""
-    if not isinstance(value, tuple):
-        return free_symbols(value)
-    return set().union(*(free_symbols(condition) | expression.free_symbols for condition, expression in value))
-
-
-def size_of(value: Value) -> int:
-    """The number of atoms and of arithmetic operations between numbers, counted with repetition."""
-    if isinstance(value, tuple):
-        return sum(size_of(condition) + int(sympy.count_ops(expression)) for condition, expression in value)
-    if isinstance(value, (Atom, Not)):
-        return 1
-    return sum(size_of(operand) for operand in value.operands)

@@ -15,13 +15,15 @@ from torch import fx
 
 from nsa_compile.passes.metadata import recorded_value, tensor_of
 from nsa_compile.passes.predicate import (
+    operations_arithmetic,
     operations_creation,
-    operations_pointwise,
+    operations_indexing,
+    operations_logic,
     operations_scans,
     operations_views,
 )
+from nsa_compile.passes.predicate.cases import size_of
 from nsa_compile.passes.predicate.constants import abstract_constant
-from nsa_compile.passes.predicate.formula import UnknownError, size_of
 from nsa_compile.passes.predicate.operations import Call, Operation, as_tensor, bind, find_operation, maker_of_item
 from nsa_compile.passes.predicate.overwriting import overwrite
 from nsa_compile.passes.predicate.tensor import (
@@ -31,17 +33,26 @@ from nsa_compile.passes.predicate.tensor import (
     leaf_tensor,
     size_expression,
 )
+from nsa_compile.passes.predicate.terms import UnknownError
 from nsa_compile.passes.predicate.writes import Write, Writes, target_name
 from nsa_compile.passes.sites import Scope
 
 # Gives the value of a tensor that nothing can change unnoticed (a buffer, a constant), or None.
 ConstantReader = Callable[[fx.Node, Scope], "torch.Tensor | None"]
 
-_TABLES = (operations_creation, operations_pointwise, operations_scans, operations_views)
+# The handlers register themselves when their files are imported.
+TABLES = (
+    operations_arithmetic,
+    operations_creation,
+    operations_indexing,
+    operations_logic,
+    operations_scans,
+    operations_views,
+)
 # Tracers keep tensors that the traced code made from numbers under such names; they belong to the graph.
 _BAKED = re.compile(r"^_tensor_constant\d+$")
 # Larger formulas than this are no mask that the prover could read.
-_LARGEST = 400
+_LARGEST = 250
 
 
 @dataclasses.dataclass(frozen=True)

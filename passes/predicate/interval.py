@@ -10,26 +10,28 @@ and everything else is refused.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import sympy
 from sympy.core.function import AppliedUndef
 
 from nsa_compile.passes.predicate.facts import Ranges, is_nonnegative, is_positive, never_decreases
-from nsa_compile.passes.predicate.formula import (
+from nsa_compile.passes.predicate.formula import map_expressions
+from nsa_compile.passes.predicate.tensor import B_INDEX, H_INDEX, KEY, QUERY, Leaf, axis
+from nsa_compile.passes.predicate.terms import (
     FALSE,
     And,
     Atom,
     Formula,
     Or,
     Relation,
+    coefficient_of,
     expressions,
     free_symbols,
-    map_expressions,
+    replaced,
 )
-from nsa_compile.passes.predicate.tensor import Leaf, axis
+from nsa_compile.passes.predicate.words import describe, text
 from nsa_compile.passes.sites import Reason
-
-B_INDEX, H_INDEX, QUERY, KEY = (sympy.Symbol(letter, integer=True, nonnegative=True) for letter in "bhij")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +155,15 @@ class _Reader:
             position = self.leaf(totals[0].func.__name__).sorted_axis
             if run is None or position is None:
                 continue
-            at_query, at_key = (total.args[position] for total in totals)
+            places: list[Any] = [total.args[position] for total in totals]
+            at_query, at_key = places
             if any(x != y for k, (x, y) in enumerate(zip(*(t.args for t in totals), strict=True)) if k != position):
                 continue
-            data = [run.data.xreplace({axis(k): a for k, a in enumerate(total.args)}) for total in totals]
+            data = [replaced(run.data, {axis(k): a for k, a in enumerate(total.args)}) for total in totals]
             replacement[data[1]] = data[0] + run.slope * (at_key - at_query)
         if not replacement:
             return list(conjuncts)
-        changed = (map_expressions(c, lambda e: e.xreplace(replacement)) for c in conjuncts)
+        changed = (map_expressions(c, lambda e: replaced(e, replacement)) for c in conjuncts)
         return [part for c in changed for part in (c.operands if isinstance(c, And) else (c,))]
 
     def _sort(self, conjunct: Formula) -> Refusal | None:
@@ -203,7 +206,7 @@ class _Reader:
         expression = conjunct.expression
         if KEY not in expression.free_symbols:
             return None
-        coefficient = expression.coeff(KEY)
+        coefficient = coefficient_of(KEY, expression)
         rest = expression - coefficient * KEY
         if coefficient.is_Integer and coefficient != 0 and not rest.has(KEY):
             return _plain_limits(conjunct.relation, coefficient, rest)
@@ -260,7 +263,7 @@ class _Reader:
         if not causal:
             return Refusal(Reason.BIDIRECTIONAL, "nothing in the mask keeps a query from the keys after itself")
         for ends in at_ends:
-            if all(is_positive((bound.position - ahead).xreplace(ends), self.sizes.ranges) for bound in causal):
+            if all(is_positive(replaced(bound.position - ahead, ends), self.sizes.ranges) for bound in causal):
                 sentence = f"queries see keys after themselves: j ≤ {text(causal[0].position)}"
                 return Refusal(Reason.BIDIRECTIONAL, sentence)
         return None
@@ -272,7 +275,7 @@ class _Reader:
                 continue
             if isinstance(bound, SortedLimit):
                 # The run of keys with the query's own value holds the key `other`, so it does not end before it.
-                own = bound.values.xreplace({KEY: other.position})
+                own = replaced(bound.values, {KEY: other.position})
                 if sympy.expand(own - bound.target) == 0:
                     return True
                 continue
@@ -329,34 +332,3 @@ def _plain_limits(relation: Relation, coefficient: sympy.Integer, rest: sympy.Ex
     if relation is Relation.EQUAL:
         return [(Limit(up), False), (Limit(down), True)]
     return [(Limit(down), True)] if coefficient > 0 else [(Limit(up), False)]
-
-
-def text(expression: sympy.Expr) -> str:
-    """The expression as people write it."""
-    return str(expression).replace("()", "")
-
-
-def describe(formula: Formula) -> str:
-    """The formula as people write it."""
-    if isinstance(formula, Atom):
-        coefficient = formula.expression.coeff(KEY)
-        if coefficient in (1, -1) and not (rest := formula.expression - coefficient * KEY).has(KEY):
-            sign = (
-                formula.relation.value if coefficient == 1 else {"≤": "≥", "<": ">", "=": "="}[formula.relation.value]
-            )
-            return f"j {sign} {text(-coefficient * rest)}"
-        return _describe_atom(formula.expression, formula.relation.value)
-    if isinstance(formula, (And, Or)):
-        if not formula.operands:
-            return "nothing" if isinstance(formula, Or) else "always"
-        word = " and " if isinstance(formula, And) else " or "
-        return "(" + word.join(describe(operand) for operand in formula.operands[:6]) + ")"
-    return _describe_atom(
-        formula.operand.expression, {"=": "≠", "≤": "not ≤", "<": "not <"}[formula.operand.relation.value]
-    )
-
-
-def _describe_atom(expression: sympy.Expr, relation: str) -> str:
-    negative = [term for term in sympy.Add.make_args(expression) if term.could_extract_minus_sign()]
-    right = -sympy.Add(*negative)
-    return f"{text(sympy.expand(expression + right))} {relation} {text(right)}"

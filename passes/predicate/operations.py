@@ -17,8 +17,9 @@ import torch
 from torch import fx
 
 from nsa_compile.passes.metadata import recorded_value
-from nsa_compile.passes.predicate.formula import UnknownError
-from nsa_compile.passes.predicate.tensor import AbstractTensor, Leaf, Run, leaf_tensor, scalar
+from nsa_compile.passes.predicate.cases import formula_of
+from nsa_compile.passes.predicate.tensor import AbstractTensor, Leaf, Run, aligned, leaf_tensor, make_tensor, scalar
+from nsa_compile.passes.predicate.terms import Formula, UnknownError
 from nsa_compile.passes.predicate.writes import target_name
 
 
@@ -168,6 +169,13 @@ def as_tensor(value: Any) -> AbstractTensor:
     if isinstance(value, (bool, int, float, sympy.Expr)):
         return scalar(value)
     raise UnknownError(f"it takes {value!r}, which the prover cannot follow")
+
+
+def logic(call: Call, connect: Callable[..., Formula], *operands: Any) -> AbstractTensor:
+    """A bool tensor: `connect` applied to whether the operands' elements are true."""
+    rank = len(call.shape)
+    formulas = [formula_of(aligned(as_tensor(operand), rank)) for operand in operands]
+    return make_tensor(call.shape, torch.bool, connect(*formulas))
 
 
 def as_size(value: Any) -> sympy.Expr:

@@ -6,20 +6,12 @@ from typing import Any
 import sympy
 import torch
 
-from nsa_compile.passes.predicate.formula import (
-    TRUE,
-    Formula,
-    UnknownError,
-    cases_of,
-    compare,
-    conjunction,
-    make_cases,
-    negation,
-    substitute_value,
-)
+from nsa_compile.passes.predicate.cases import cases_of, make_cases, substitute_value
+from nsa_compile.passes.predicate.conversion import converted
+from nsa_compile.passes.predicate.formula import compare, conjunction, negation
 from nsa_compile.passes.predicate.operations import Call, as_size, as_tensor, dimension, operation
-from nsa_compile.passes.predicate.operations_pointwise import converted
-from nsa_compile.passes.predicate.operations_views import insert_axis, slice_start, wrapped_index
+from nsa_compile.passes.predicate.operations_indexing import slice_start, wrapped_index
+from nsa_compile.passes.predicate.operations_views import insert_axis
 from nsa_compile.passes.predicate.tensor import (
     ONE,
     ZERO,
@@ -30,6 +22,7 @@ from nsa_compile.passes.predicate.tensor import (
     number,
     number_expression,
 )
+from nsa_compile.passes.predicate.terms import TRUE, Formula, UnknownError
 
 
 @operation("ones", "new_ones", "ones_like", reads=False)

@@ -7,24 +7,12 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
+from nsa_compile.passes.predicate.cases import cases_of, combine, make_cases, substitute_value, value_symbols
 from nsa_compile.passes.predicate.facts import never_decreases
-from nsa_compile.passes.predicate.formula import (
-    And,
-    Atom,
-    Relation,
-    UnknownError,
-    assume,
-    cases_of,
-    combine,
-    compare,
-    conjunction,
-    make_cases,
-    negation,
-    substitute_value,
-    value_symbols,
-)
+from nsa_compile.passes.predicate.formula import assume, compare, conjunction, negation
 from nsa_compile.passes.predicate.operations import Call, as_tensor, dimension, operation
 from nsa_compile.passes.predicate.tensor import ONE, ZERO, AbstractTensor, Run, axis, make_tensor
+from nsa_compile.passes.predicate.terms import And, Atom, Relation, UnknownError, coefficient_of, replaced
 
 
 @operation("diff")
@@ -83,8 +71,8 @@ def _run(tensor: AbstractTensor, along: int) -> Run | None:
         if not isinstance(step, Atom) or step.relation is not Relation.EQUAL:
             continue
         for now in step.expression.atoms(AppliedUndef):
-            sign = step.expression.coeff(now)
-            slope = sympy.expand(now - now.xreplace({here: here - 1}) - sign * step.expression)
+            sign = coefficient_of(now, step.expression)
+            slope = sympy.expand(now - replaced(now, {here: here - 1}) - sign * step.expression)
             if here in now.args and sign in (1, -1) and slope.is_Integer:
                 return Run(now, slope)
     return None

@@ -5,18 +5,10 @@ from collections.abc import Callable, Sequence
 import sympy
 import torch
 
-from nsa_compile.passes.predicate.formula import (
-    TRUE,
-    Formula,
-    UnknownError,
-    cases_of,
-    compare,
-    conjunction,
-    make_cases,
-    negation,
-    substitute_value,
-)
+from nsa_compile.passes.predicate.cases import cases_of, make_cases, substitute_value
+from nsa_compile.passes.predicate.formula import compare, conjunction, negation
 from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, axis, make_tensor, number
+from nsa_compile.passes.predicate.terms import TRUE, Formula, UnknownError
 
 View = Callable[[AbstractTensor], AbstractTensor]
 

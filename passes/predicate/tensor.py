@@ -9,19 +9,16 @@ import sympy
 import torch
 from torch import fx
 
-from nsa_compile.passes.predicate.formula import (
-    TRUE,
+from nsa_compile.passes.predicate.cases import (
     Cases,
-    Formula,
-    UnknownError,
     Value,
     cases_of,
     combine,
     formula_of,
     substitute_value,
-    truth,
     value_symbols,
 )
+from nsa_compile.passes.predicate.terms import TRUE, Formula, UnknownError, truth
 from nsa_compile.passes.sites import Scope
 
 
@@ -31,6 +28,8 @@ def axis(number: int) -> sympy.Symbol:
     return sympy.Symbol(f"axis{number}", integer=True, nonnegative=True)
 
 
+# The index of a batch, a head, a query and a key; each at least 0 and below B, H, T and S.
+B_INDEX, H_INDEX, QUERY, KEY = (sympy.Symbol(letter, integer=True, nonnegative=True) for letter in "bhij")
 ZERO = sympy.Integer(0)
 ONE = sympy.Integer(1)
 

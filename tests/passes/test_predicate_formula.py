@@ -9,27 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_compile.passes.predicate import facts
+from nsa_compile.passes.predicate.cases import cases_of, combine, formula_of, make_cases
 from nsa_compile.passes.predicate.formula import (
-    FALSE,
-    TRUE,
-    And,
-    Atom,
-    Cast,
-    Not,
-    Relation,
-    UnknownError,
     assume,
-    cases_of,
-    combine,
     compare,
     conjunction,
     disjunction,
-    formula_of,
     if_else,
-    make_cases,
     negation,
     substitute,
 )
+from nsa_compile.passes.predicate.terms import FALSE, TRUE, And, Atom, Cast, Not, Relation, UnknownError
 
 X, Y = sympy.symbols("x y", integer=True, nonnegative=True)
 DATA = sympy.Function("data", extended_real=True)
