@@ -68,6 +68,8 @@ def number_of(value: Any) -> "float | int | bool | None":
 
 def same_size(left: Size, right: Size) -> bool:
     """Tells whether two sizes are equal for every input, without adding a guard."""
+    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt) and left.node.expr == right.node.expr:
+        return True
     return bool(statically_known_true(left == right))
 
 
