@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import sympy
 
+from nsa_compile.passes.predicate.signs import never_negative
 from nsa_compile.passes.predicate.terms import Atom, Formula, Not, Relation, coefficient_of, replaced
 
 
@@ -59,5 +60,5 @@ def _implies(zero: sympy.Expr, limited: sympy.Expr) -> bool:
         coefficient = coefficient_of(symbol, zero)
         rest = sympy.expand(zero - coefficient * symbol)
         if coefficient in (1, -1) and not rest.has(symbol):
-            return bool(sympy.expand(replaced(limited, {symbol: -coefficient * rest})).is_nonpositive)
+            return never_negative(sympy.expand(-replaced(limited, {symbol: -coefficient * rest})))
     return False

@@ -10,6 +10,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 
 from nsa_compile.passes.predicate.formula import atom
+from nsa_compile.passes.predicate.signs import never_negative
 from nsa_compile.passes.predicate.terms import FALSE, TRUE, Atom, Formula, Relation, coefficient_of, replaced
 
 # Symbol -> its largest value; the smallest is 0.
@@ -18,49 +19,28 @@ Ranges = Mapping[sympy.Symbol, sympy.Expr]
 
 def smallest(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
     """A lower bound, free of the ranged symbols, that is reached; None where the expression is not affine in them."""
-    return _extreme(expression, ranges, lowest=True)
-
-
-def largest(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
-    """An upper bound, free of the ranged symbols, that is reached; None where the expression is not affine in them."""
-    return _extreme(expression, ranges, lowest=False)
-
-
-def _extreme(expression: sympy.Expr, ranges: Ranges, lowest: bool) -> sympy.Expr | None:
     expression = sympy.expand(expression)
     for symbol in sorted(expression.free_symbols & set(ranges), key=str):
         coefficient = coefficient_of(symbol, expression)
         rest = expression - coefficient * symbol
         if rest.has(symbol) or not coefficient.is_number:
             return None
-        chosen = sympy.Integer(0) if coefficient.is_positive is lowest else ranges[symbol]
+        chosen = sympy.Integer(0) if coefficient.is_positive else ranges[symbol]
         expression = sympy.expand(rest + coefficient * chosen)
     return expression
 
 
 def is_nonnegative(expression: sympy.Expr, ranges: Ranges) -> bool:
     """Whether the expression is proved ≥ 0 for all positions in their ranges and all sizes ≥ 1."""
-    if expression.is_extended_nonnegative:
+    if never_negative(expression):
         return True
     bound = smallest(expression, ranges)
-    return bound is not None and _is_nonnegative_size(bound)
+    return bound is not None and never_negative(bound)
 
 
 def is_positive(expression: sympy.Expr, ranges: Ranges) -> bool:
     """Whether the integer expression is proved > 0 for all positions in their ranges and all sizes ≥ 1."""
     return is_nonnegative(expression - 1, ranges)
-
-
-def _is_nonnegative_size(expression: sympy.Expr) -> bool:
-    if expression.is_extended_nonnegative:
-        return True
-    # Sizes are at least 1, which sympy uses only once it is written out.
-    above_one = {
-        symbol: 1 + sympy.Dummy(integer=True, nonnegative=True)
-        for symbol in expression.free_symbols
-        if symbol.is_positive and symbol.is_integer
-    }
-    return bool(sympy.expand(replaced(expression, above_one)).is_extended_nonnegative)
 
 
 def simplify(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr:

@@ -7,6 +7,7 @@ import sympy
 from sympy.core.function import AppliedUndef
 
 from nsa_compile.passes.predicate.absorption import strongest, weakest
+from nsa_compile.passes.predicate.signs import always_positive, never_negative
 from nsa_compile.passes.predicate.terms import (
     And,
     Atom,
@@ -91,7 +92,7 @@ def if_else(condition: Formula, then: Formula, otherwise: Formula) -> Formula:
 
 
 def atom(relation: Relation, expression: sympy.Expr) -> Formula:
-    """`expression relation 0`, decided where sympy's assumptions decide it, else in normal form."""
+    """`expression relation 0`, decided where signs decide it, else in normal form."""
     expression = sympy.expand(expression)
     if expression is sympy.nan:
         raise UnknownError("it compares a value that is not a number")
@@ -139,12 +140,13 @@ def _decide(relation: Relation, expression: sympy.Expr) -> bool | None:
     if not is_exact(expression):
         # Data may be NaN, which no assumption of sympy's covers.
         return None
+    opposite = sympy.expand(-expression)
     if relation is Relation.AT_MOST:
-        holds, fails = expression.is_extended_nonpositive, expression.is_extended_positive
+        holds, fails = never_negative(opposite), always_positive(expression)
     elif relation is Relation.BELOW:
-        holds, fails = expression.is_extended_negative, expression.is_extended_nonnegative
+        holds, fails = always_positive(opposite), never_negative(expression)
     else:
-        holds, fails = expression.is_zero, expression.is_zero is False
+        holds, fails = expression.is_zero, always_positive(expression) or always_positive(opposite)
     return True if holds else False if fails else None
 
 
