@@ -52,7 +52,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "dropout": ("input", "p", "training", "inplace"),
     "clamp": ("input", "min", "max"),
     "maximum": ("input", "other"),
-    "max": ("input", "other"),
+    "max": ("input", "other", "keepdim", "dim"),
     "amax": ("input", "dim", "keepdim"),
     "nan_to_num": ("input", "nan", "posinf", "neginf"),
     "tanh": ("input",),

@@ -12,7 +12,7 @@ from nsa_compile.passes.multihead import (
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.scopes import walk_scopes
 from nsa_compile.passes.sdpa import is_sdpa_call, read_sdpa_call
-from nsa_compile.passes.sites import AttentionSite, Rejection
+from nsa_compile.passes.sites import AttentionSite, Reason, Rejection, Scope
 from nsa_compile.passes.softmax import is_softmax, read_softmax
 
 # What an attention is recognised by, and what reads it.
@@ -40,5 +40,16 @@ def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
         for node in scope.graph_module.graph.nodes:
             for is_kind, read in _READERS:
                 if is_kind(node) and (attention := read(node, scope, writes)) is not None:
-                    found.append(attention)
+                    found.append(_declined_by_scope(attention, scope) or attention)
     return found
+
+
+def _declined_by_scope(attention: AttentionSite | Rejection, scope: Scope) -> Rejection | None:
+    """Declines what is in a `torch.autograd.Function`: its backward would still be that of dense attention."""
+    while scope.parent is not None:
+        call = scope.calls[0]
+        if call.target.name() == "autograd_function_apply" and isinstance(attention, AttentionSite):
+            sentence = f"The attention is in {scope.path}, of the torch.autograd.Function that {call} applies."
+            return Rejection(Reason.CUSTOM_GRADIENT, sentence, (call,), attention.place)
+        scope = scope.parent
+    return None

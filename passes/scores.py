@@ -226,7 +226,7 @@ class ScoreReader:
         return self._hidden(state, bound["input"], bound["mask"], MaskKind.BLOCKED, bound["value"])
 
     def _chosen(self, state: _State, bound: _Bound) -> _Outcome:
-        condition, chosen, other = bound["condition"], bound["input"], bound["other"]
+        condition, chosen, other = (bound.get(name) for name in ("condition", "input", "other"))
         if self._constant(other, state) is not None:
             return self._hidden(state, chosen, condition, MaskKind.ALLOWED, other)
         return self._hidden(state, other, condition, MaskKind.BLOCKED, chosen)

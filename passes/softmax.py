@@ -83,10 +83,10 @@ def _parts(scores: Scores, weighting: Weighting, dims: Dimensions, dim: int, wri
         return Problem(Reason.UNKNOWN_SPELLING, f"The softmax of {product.node} is not over keys.", (product.node,))
     (query, key), value = found[0], weighting.value
     depth = contracted(product)
-    for operand, reader in ((query, product.node), (key, product.node)):
-        written = writes.between(operand.node, writes.position(reader), writes.position(site))
+    for operand in (query, key, *(factor.tensor for factor in scores.factors)):
+        written = writes.between(operand.node, writes.position(product.node), writes.position(site))
         if any(True for _ in written):
-            sentence = f"{operand.node} is written in place between its product and the one with the values."
+            sentence = f"{operand.node} is written in place before the product with the values."
             return Problem(Reason.UNKNOWN_SPELLING, sentence, (operand.node,))
     only_queries = [axis for axis in flat(query.dims) if axis not in {*depth, *key.axes, *value.axes}]
     masked = set().union(*(sources(mask.tensor, site, writes)[-1].axes for mask in scores.masks))

@@ -179,6 +179,23 @@ def test_branches_are_entered(oracle, branch):
     assert site.scope.path == ("cond_true_0", "cond_false_0")[branch]
 
 
+class Handwritten(torch.autograd.Function):
+    """Attention whose gradient is that of something else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+def test_attention_with_a_gradient_of_its_own_is_declined(rewriting):
+    outcome = rewriting.rewrite(Handwritten.apply, torch.randn(B, H, T, 4, requires_grad=True), gradients=True)
+    outcome.assert_declined(Reason.CUSTOM_GRADIENT)
+
+
 def test_graphs_without_attention_have_no_sites(oracle):
     assert captured(oracle, nn.Sequential(nn.Linear(E, E), nn.GELU(), nn.LayerNorm(E)), inputs()) == []
 

@@ -51,6 +51,15 @@ def stabilized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
 
 
+def stabilized_by_max(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT * S).masked_fill(hidden(), -torch.inf)
+    return (scores - scores.max(dim=-1, keepdim=True)[0].detach()).softmax(-1) @ v
+
+
+def one_head_at_a_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.stack([plain(q[:, h] @ k[:, h].mT * S, v[:, h]) for h in range(H)], dim=1)
+
+
 def sequence_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) * S
@@ -136,6 +145,9 @@ SPELLINGS = {
     "softmax-dim-3": lambda q, k, v: (q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(3) @ v,
     "softmax-over-rows": lambda q, k, v: ((k @ q.mT * S).masked_fill(hidden().mT, -torch.inf).softmax(-2)).mT @ v,
     "softmax-stabilized": stabilized,
+    "softmax-stabilized-by-max": stabilized_by_max,
+    "product-transposed": lambda q, k, v: (v.mT @ (q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1).mT).mT,
+    "keys-transposed-early": lambda q, k, v: plain(q @ k.permute(1, 0, 3, 2).contiguous().transpose(0, 1) * S, v),
     "dropout-p-0": lambda q, k, v: (
         functional.dropout((q @ k.mT * S).masked_fill(hidden(), -torch.inf).softmax(-1), p=0.0, training=True) @ v
     ),
@@ -356,6 +368,10 @@ NO_ATTENTION = {
 def test_softmax_that_is_no_attention_is_passed_over(rewriting, function):
     outcome = rewriting.rewrite(NO_ATTENTION[function], *heads("q", "k", "v"))
     assert outcome.decisions == []
+
+
+def test_heads_one_at_a_time_are_rewritten_one_at_a_time(rewriting):
+    rewriting.rewrite(one_head_at_a_time, *heads("q", "k", "v"), gradients=True).assert_rewritten(H)
 
 
 def test_a_tensor_that_was_filled_and_written_is_no_constant(rewriting):
