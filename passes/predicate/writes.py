@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.tensor import size_expression
@@ -95,11 +96,12 @@ def _written_by_schema(node: fx.Node) -> tuple[fx.Node, ...]:
 def _written_by_bodies(node: fx.Node) -> tuple[fx.Node, ...]:
     """What a higher-order operator writes: the operands that its bodies write; every operand where that is unclear."""
     owner = node.graph.owning_module
-    inputs = _nodes([node.args, node.kwargs])
-    attributes = {a: getattr(owner, str(a.target), None) for a in inputs if a.op == "get_attr"}
+    attributes = {a: getattr(owner, str(a.target), None) for a in node.all_input_nodes if a.op == "get_attr"}
     bodies = [body for body in attributes.values() if isinstance(body, fx.GraphModule)]
-    operands = [a for a in inputs if not isinstance(attributes.get(a), fx.GraphModule)]
-    tensors = tuple(operand for operand in operands if tensor_of(operand) is not None)
+    # Keyword arguments configure the operator.
+    leaves = pytree.arg_tree_leaves(*node.args)
+    operands = [a for a in leaves if not (isinstance(a, fx.Node) and attributes.get(a) in bodies)]
+    tensors = tuple(operand for operand in node.all_input_nodes if tensor_of(operand) is not None)
     if not bodies:
         return tensors
     written: list[fx.Node] = []
@@ -110,9 +112,8 @@ def _written_by_bodies(node: fx.Node) -> tuple[fx.Node, ...]:
         if any(touched) and len(placeholders) > len(operands):
             return tensors
         # The last operands are the body's: before them come a predicate or an identifier.
-        written += [
-            operand for operand, is_written in zip(operands[-len(touched) :], touched, strict=False) if is_written
-        ]
+        pairs = zip(operands[-len(touched) :], touched, strict=False)
+        written += [operand for operand, is_written in pairs if is_written and isinstance(operand, fx.Node)]
     return tuple(dict.fromkeys(written))
 
 

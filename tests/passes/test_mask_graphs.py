@@ -425,3 +425,23 @@ def test_a_predicate_may_read_captured_tensors(oracle):
     visible = MaskProver().prove_predicate(flex_predicate(graph), Sizes(*map(size_expression, (2, 3, 128, 128))))
     assert visible.describe() == "causal, padding"
     assert visible.scope.graph_module is graph
+
+
+def test_a_body_that_writes_its_operand_counts_as_a_writer(oracle):
+    """Of two operands of a checkpointed region, only the one that it writes is written for those who read later."""
+
+    def program(q, k, written, read):
+        def region(written, read):
+            written.add_(1)
+            return written + read
+
+        total = checkpoint(region, written, read, use_reentrant=False)
+        padding = causal(q, k) & (read != 0)[:, None, None, :]
+        lengths = causal(q, k) & (written != 0)[:, None, None, :]
+        first = scaled_dot_product_attention(q, k, k, padding)
+        return scaled_dot_product_attention(first, k, k, lengths) + total.sum()
+
+    (graph,) = oracle.capture(program, torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4), PAD.clone(), PAD).graphs
+    padding, lengths = oracle.sites(graph)
+    assert oracle.prove(graph, padding).text == "causal, padding"
+    oracle.assert_declined(oracle.prove(graph, lengths), Reason.MUTATED_MASK)
