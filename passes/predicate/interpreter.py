@@ -24,12 +24,13 @@ from nsa_compile.passes.predicate import (
 )
 from nsa_compile.passes.predicate.cases import size_of
 from nsa_compile.passes.predicate.constants import abstract_constant
+from nsa_compile.passes.predicate.conversion import WIDE_INTEGERS
 from nsa_compile.passes.predicate.operations import Call, Operation, as_tensor, bind, find_operation, maker_of_item
+from nsa_compile.passes.predicate.ordering import sorted_axis
 from nsa_compile.passes.predicate.overwriting import overwrite
 from nsa_compile.passes.predicate.tensor import (
     AbstractTensor,
     Leaf,
-    Run,
     leaf_tensor,
     size_expression,
 )
@@ -176,7 +177,7 @@ class Interpreter:
         if source.stale:
             return leaf_tensor(self._make_leaf(source, "it is overwritten in place through another view"))
         if source.patch is not None:
-            return self._patched(source, source.patch)
+            return self._in_order(source, self._patched(source, source.patch))
         operation = self._operation(node)
         if operation is None:
             constant = self._constant(source)
@@ -196,7 +197,15 @@ class Interpreter:
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
             # Arguments of a kind that the handler was not written for; the result is data then.
             return leaf_tensor(self._make_leaf(source, f"its arguments cannot be followed ({error})"))
-        return value
+        return self._in_order(source, value)
+
+    def _in_order(self, source: Source, value: AbstractTensor) -> AbstractTensor:
+        """Makes numbers of two cases that never decrease data of which just this is known: comparisons need no more."""
+        cases = value.value
+        along = sorted_axis(cases, value.rank, self.leaf) if isinstance(cases, tuple) else None
+        if along is None or value.dtype not in WIDE_INTEGERS:
+            return value
+        return leaf_tensor(self._make_leaf(source, "it joins data in order", same_as=cases, sorted_axis=along))
 
     def _apply(self, operation: Operation, call: Call, source: Source) -> AbstractTensor:
         """Runs an operation's handler on the abstract values of the arguments."""
@@ -267,31 +276,32 @@ class Interpreter:
         self,
         source: Source,
         cause: str,
-        sorted_axis: int | None = None,
-        run: Run | None = None,
         same_as: Hashable = None,
+        **known: Any,
     ) -> Leaf:
         node = source.node
-        known = self._equal.get((same_as, source.scope.graph_module)) if same_as is not None else None
+        written_by = node if source.patch is None else source.patch.writer
+        equal = self._equal.get((same_as, source.scope.graph_module)) if same_as is not None else None
         writes = self.writes(source.scope)
-        if known is not None and writes.position(known.written_by) < writes.position(node):
-            return known
+        if equal is not None and writes.position(equal.written_by) < writes.position(written_by):
+            return equal
         result = _result(node)
         if result is None:
             raise UnknownError("it makes no tensor")
         path = [source.scope.path] if source.scope.path else []
-        name = ".".join([*path, node.name, *(["overwritten"] if source.stale else [])])
+        name = ".".join(
+            [*path, node.name, *([written_by.name] if source.patch else []), *(["overwritten"] if source.stale else [])]
+        )
         leaf = Leaf(
             name=name,
             node=node.args[0] if target_name(node) == "setitem" else node,
-            written_by=node,
+            written_by=written_by,
             scope=source.scope,
             dtype=result.dtype,
             shape=tuple(size_expression(size) for size in result.shape),
             cause=cause,
-            sorted_axis=sorted_axis,
-            run=run,
             stale=source.stale,
+            **known,
         )
         self._leaves[name] = leaf
         self._equal[same_as, source.scope.graph_module] = leaf

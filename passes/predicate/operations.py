@@ -18,7 +18,7 @@ from torch import fx
 
 from nsa_compile.passes.metadata import recorded_value
 from nsa_compile.passes.predicate.cases import formula_of
-from nsa_compile.passes.predicate.tensor import AbstractTensor, Leaf, Run, aligned, leaf_tensor, make_tensor, scalar
+from nsa_compile.passes.predicate.tensor import AbstractTensor, Leaf, aligned, leaf_tensor, make_tensor, scalar
 from nsa_compile.passes.predicate.terms import Formula, UnknownError
 from nsa_compile.passes.predicate.writes import target_name
 
@@ -31,7 +31,7 @@ class Call:
         node: the node that applies it.
         shape: of the result.
         dtype: of the result.
-        make_leaf: makes the result data; takes the cause, and what `Leaf` says of sorted axes and runs.
+        make_leaf: makes the result data; takes the cause, and what is known of it.
         leaf: finds a leaf by its function's name.
     """
 
@@ -41,18 +41,15 @@ class Call:
     make_leaf: Callable[..., Leaf]
     leaf: Callable[[str], Leaf]
 
-    def data(
-        self, cause: str, sorted_axis: int | None = None, run: Run | None = None, same_as: Hashable = None
-    ) -> AbstractTensor:
-        """The result as data about which no more is known than what is given.
+    def data(self, cause: str, same_as: Hashable = None, **known: Any) -> AbstractTensor:
+        """The result as data.
 
         Args:
             cause: why it is data.
-            sorted_axis: the dimension along which it never decreases.
-            run: what equal values say.
             same_as: calls with equal `same_as` make equal data.
+            known: what is known of the data, under the names of `Leaf`'s attributes.
         """
-        return leaf_tensor(self.make_leaf(cause, sorted_axis=sorted_axis, run=run, same_as=same_as))
+        return leaf_tensor(self.make_leaf(cause, same_as=same_as, **known))
 
 
 Handler = Callable[..., AbstractTensor]

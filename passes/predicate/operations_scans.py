@@ -10,8 +10,8 @@ from sympy.core.function import AppliedUndef
 from nsa_compile.passes.predicate.cases import cases_of, combine, make_cases, substitute_value, value_symbols
 from nsa_compile.passes.predicate.facts import never_decreases
 from nsa_compile.passes.predicate.formula import assume, compare, conjunction, negation
-from nsa_compile.passes.predicate.operations import Call, as_tensor, dimension, operation
-from nsa_compile.passes.predicate.tensor import ONE, ZERO, AbstractTensor, Run, axis, make_tensor
+from nsa_compile.passes.predicate.operations import Call, as_size, as_tensor, dimension, operation
+from nsa_compile.passes.predicate.tensor import ONE, ZERO, AbstractTensor, Run, axis, make_tensor, rearrange
 from nsa_compile.passes.predicate.terms import And, Atom, Relation, UnknownError, coefficient_of, replaced
 
 
@@ -54,7 +54,14 @@ def _cumsum(call: Call, input: Any, dim: Any, dtype: Any = None) -> AbstractTens
         return make_tensor(call.shape, call.dtype, combine(lambda x: sympy.expand(x * (here + 1)), cases))
     grows = all(expression.is_nonnegative for _, expression in cases)
     same_as = ("cumsum", tensor.shape, tensor.value, along, call.dtype)
-    return call.data("it adds up data", along if grows else None, _run(tensor, along), same_as)
+    truths = all(expression in (ZERO, ONE) for _, expression in cases)
+    return call.data(
+        "it adds up data",
+        same_as,
+        sorted_axis=along if grows else None,
+        run=_run(tensor, along) if truths else None,
+        summand=tensor.formula if truths else None,
+    )
 
 
 def _run(tensor: AbstractTensor, along: int) -> Run | None:
@@ -62,8 +69,6 @@ def _run(tensor: AbstractTensor, along: int) -> Run | None:
 
     While the running sum of `data(x) − data(x−1) ≠ slope` stays the same, the data grows by `slope` a position.
     """
-    if any(expression not in (ZERO, ONE) for _, expression in cases_of(tensor.value)):
-        return None
     here = axis(along)
     # Inside a document, positions after its first are not 0.
     inside = assume(negation(tensor.formula), {compare("==", here, ZERO): False})
@@ -98,4 +103,20 @@ def _looked_up(
         raise UnknownError("the prover does not follow this look-up")
     grows = never_decreases(cases[0][1], axis(along), lambda name: call.leaf(name).sorted_axis)
     same_as = ("look-up", boundaries.shape, boundaries.value, values.shape, values.value, tuple(options.items()))
-    return call.data("it looks up data", along if grows else None, same_as=same_as)
+    return call.data("it looks up data", same_as, sorted_axis=along if grows else None)
+
+
+@operation("repeat_interleave")
+def _repeat_interleave(
+    call: Call, input: Any, repeats: Any, dim: Any = None, output_size: Any = None
+) -> AbstractTensor:
+    del output_size
+    tensor = as_tensor(input)
+    if dim is None and tensor.rank != 1:
+        raise UnknownError("it repeats the elements of a flattened tensor")
+    along = dimension(0 if dim is None else dim, tensor.rank)
+    if not isinstance(repeats, AbstractTensor):
+        index = [axis(k) if k != along else sympy.floor(axis(k) / as_size(repeats)) for k in range(tensor.rank)]
+        return rearrange(tensor, call.shape, index)
+    grows = never_decreases(tensor.number(), axis(along), lambda name: call.leaf(name).sorted_axis)
+    return call.data("it repeats elements as data says", sorted_axis=along if grows else None)

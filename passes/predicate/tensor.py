@@ -83,6 +83,7 @@ class Leaf:
         cause: why it is data: an input, or what the prover does not know about the operation.
         sorted_axis: number of the dimension along which values never decrease; None where none is known.
         run: set for running sums that mark where documents begin.
+        summand: for running sums of truths, when 1 is added, in terms of the sum's axes.
         stale: the tensor is overwritten in a way that leaves the value unknown; it must not be used.
     """
 
@@ -95,6 +96,7 @@ class Leaf:
     cause: str
     sorted_axis: int | None = None
     run: Run | None = None
+    summand: Formula | None = None
     stale: bool = False
 
     @property
@@ -102,7 +104,8 @@ class Leaf:
         """The uninterpreted function of the leaf's index."""
         if self.dtype.is_floating_point or self.dtype.is_complex:
             return sympy.Function(self.name, extended_real=True)
-        return sympy.Function(self.name, integer=True)
+        # Running sums are sorted because what they add up is not negative: then they are not negative either.
+        return sympy.Function(self.name, integer=True, nonnegative=True if self.summand is not None else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,6 +120,19 @@ def packed(q, k, position_ids):
     return (same & (position_ids[:, None, :] <= position_ids[:, :, None]))[:, None]
 
 
+def same(documents):
+    return documents[:, None, :, None] == documents[:, None, None, :]
+
+
+def moved_sums(q, k, tokens):
+    ends = tokens == 0
+    ends[:, -1] = True
+    sums = torch.where(ends, 1, 0).cumsum(1)
+    documents = torch.zeros_like(sums, dtype=torch.int32)
+    documents[:, 1:] = sums[:, :-1]
+    return causal(q, k) & same(documents)
+
+
 # Programs with data: name -> (program, data, the proof in words).
 WITH_DATA = {
     "padding": (lambda q, k, m: causal(q, k) & m.bool()[:, None, None, :], (PAD,), "causal, padding"),
@@ -226,6 +239,36 @@ WITH_DATA = {
             )
         ),
         (torch.tensor([3, 5, 7]),),
+        "causal, documents",
+    ),
+    "documents that end with their separator": (
+        lambda q, k, t: causal(q, k) & same((t == 0).cumsum(-1) - (t == 0).long()),
+        (1 - MARKS,),
+        "causal, documents",
+    ),
+    "documents from sums moved by one": (moved_sums, (1 - MARKS,), "causal, documents"),
+    "documents from padded sums": (
+        lambda q, k, t: causal(q, k) & same(pad((t == 0).cumsum(-1)[:, :-1], (1, 0))),
+        (1 - MARKS,),
+        "causal, documents",
+    ),
+    "documents from joined sums": (
+        lambda q, k, t: (
+            causal(q, k) & same(torch.cat([torch.zeros(2, 1, dtype=torch.long), (t == 0).cumsum(-1)[:, :-1]], dim=1))
+        ),
+        (1 - MARKS,),
+        "causal, documents",
+    ),
+    "documents from repeats": (
+        lambda q, k, n: (
+            causal(q, k) & same(torch.arange(3).repeat_interleave(n, output_size=q.shape[2])[None].expand(2, -1))
+        ),
+        (torch.tensor([2, 4, 1]),),
+        "causal, documents",
+    ),
+    "documents of equal length": (
+        lambda q, k, n: causal(q, k) & same(n.repeat_interleave(2).cumsum(0)[None, : q.shape[2]].bool().cumsum(-1)),
+        (torch.ones(4),),
         "causal, documents",
     ),
     "left-padded chunks": (

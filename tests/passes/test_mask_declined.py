@@ -27,6 +27,10 @@ SLOPES = torch.tensor([0.5, 0.25, 0.125])
 SQUARE = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
 
 
+def same(documents):
+    return documents[:, None, :, None] == documents[:, None, None, :]
+
+
 def selected(q, k, scores):
     best = scores.topk(3, dim=-1).indices
     return torch.zeros(2, 1, 7, 7, dtype=torch.bool).scatter(-1, best, True)
@@ -136,6 +140,16 @@ DECLINED = {
         lambda q, k, d: causal(q, k) & (d.cumsum(-1)[:, None, :, None] == d.cumsum(-1)[:, None, None, :]),
         (IDS - 1,),
         Reason.UNSORTED_DOCUMENTS,
+    ),
+    "documents from sums that begin too high": (
+        lambda q, k, t: causal(q, k) & same(torch.nn.functional.pad((t == 0).cumsum(-1)[:, :-1], (1, 0), value=1)),
+        (IDS,),
+        Reason.MASK_NOT_INTERVAL,
+    ),
+    "documents from sums less other marks": (
+        lambda q, k, t: causal(q, k) & same((t == 0).cumsum(-1) - (t == 1).long()),
+        (IDS,),
+        Reason.MASK_NOT_INTERVAL,
     ),
     "positions without documents": (
         lambda q, k, p: p[:, None, None, :] <= p[:, None, :, None],
