@@ -126,7 +126,13 @@ def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
 
 def test_editable_install_runs_the_checkout(source: Path, tmp_path: Path) -> None:
     target = install(build("build_editable", source, tmp_path / "dist"), tmp_path / "target")
-    script = f"import site; site.addsitedir({str(target)!r})\n" + textwrap.dedent(PROBE)
+    # The environment may hold an editable install of its own, as CI's does; its finder has the same name.
+    alone = (
+        "import sys\n"
+        "sys.meta_path[:] = [each for each in sys.meta_path if '__editable__' not in str(getattr(each, '__module__', ''))]\n"
+        "for name in [each for each in sys.modules if each.startswith('__editable__')]: del sys.modules[name]\n"
+    )
+    script = f"{alone}import site; site.addsitedir({str(target)!r})\n" + textwrap.dedent(PROBE)
     assert Path(run("-c", script, cwd=tmp_path).strip()) == source / "nsa_compile" / "__init__.py"
 
 
