@@ -49,6 +49,8 @@ _ATEN: dict[str, Any] = {
     "unsqueeze": torch.ops.aten.unsqueeze.default,
     "where": torch.ops.aten.where.self,
 }
+# The operator where the second operand is a number or a size, if it has another overload for them.
+_ATEN_BY_NUMBER: dict[str, Any] = {"remainder": torch.ops.aten.remainder.Scalar}
 # How a size is computed from parts of it, by sympy's (and torch's) name for the operation.
 _SIZE_OPERATIONS: dict[str, Any] = {
     "Add": operator.add,
@@ -125,7 +127,10 @@ class GraphBuilder:
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Adds a call of torch's function (or aten's operator) `name`."""
-        return self._add(_ATEN[name] if self._is_exported else getattr(torch, name), args, kwargs)
+        if not self._is_exported:
+            return self._add(getattr(torch, name), args, kwargs)
+        by_number = name in _ATEN_BY_NUMBER and tensor_of(args[1]) is None
+        return self._add(_ATEN_BY_NUMBER[name] if by_number else _ATEN[name], args, kwargs)
 
     def _add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         values, named = fx.map_arg((args, kwargs), recorded_value)

@@ -205,7 +205,9 @@ class Interpreter:
         along = sorted_axis(cases, value.rank, self.leaf) if isinstance(cases, tuple) else None
         if along is None or value.dtype not in WIDE_INTEGERS:
             return value
-        return leaf_tensor(self._make_leaf(source, "it joins data in order", same_as=cases, sorted_axis=along))
+        return leaf_tensor(
+            self._make_leaf(source, "it joins data in order", same_as=(value.shape, cases), sorted_axis=along)
+        )
 
     def _apply(self, operation: Operation, call: Call, source: Source) -> AbstractTensor:
         """Runs an operation's handler on the abstract values of the arguments."""
@@ -288,10 +290,8 @@ class Interpreter:
         result = _result(node)
         if result is None:
             raise UnknownError("it makes no tensor")
-        path = [source.scope.path] if source.scope.path else []
-        name = ".".join(
-            [*path, node.name, *([written_by.name] if source.patch else []), *(["overwritten"] if source.stale else [])]
-        )
+        state = "overwritten" if source.stale else written_by.name if source.patch is not None else ""
+        name = ".".join(part for part in (source.scope.path, node.name, state) if part)
         leaf = Leaf(
             name=name,
             node=node.args[0] if target_name(node) == "setitem" else node,

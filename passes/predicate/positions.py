@@ -66,11 +66,11 @@ class Positions:
             return builder.convert(inner, getattr(torch, str(expression.args[1])))
         if isinstance(expression, sympy.floor):
             numerator, denominator = sympy.fraction(sympy.together(expression.args[0]))
-            return builder.call("floor_divide", self.expression(numerator), self.expression(denominator))
+            return builder.call("floor_divide", self.tensor(numerator), self.expression(denominator))
         if isinstance(expression, sympy.Mod):
-            return builder.call("remainder", *map(self.expression, expression.args))
+            return builder.call("remainder", self.tensor(expression.args[0]), self.expression(expression.args[1]))
         if isinstance(expression, sympy.Abs):
-            return builder.call("abs", self.expression(expression.args[0]))
+            return builder.call("abs", self.tensor(expression.args[0]))
         if isinstance(expression, (sympy.Max, sympy.Min)):
             return self._extreme(expression)
         if isinstance(expression, sympy.Mul):
@@ -197,13 +197,14 @@ class Positions:
             if isinstance(rest, AppliedUndef) and self._leaf(rest.func.__name__).dtype == torch.bool and limit == 0:
                 truth = self._data(rest)
                 return truth if negated else builder.call("logical_not", truth)
-            return builder.call("ne" if negated else "eq", self._tensor(rest), _number(limit))
+            return builder.call("ne" if negated else "eq", self.tensor(rest), _number(limit))
         below = atom.relation is Relation.BELOW
         name = ("gt" if below else "ge") if flipped else ("lt" if below else "le")
-        compared = builder.call(name, self._tensor(rest), _number(limit))
+        compared = builder.call(name, self.tensor(rest), _number(limit))
         return builder.call("logical_not", compared) if negated else compared
 
-    def _tensor(self, expression: sympy.Expr) -> fx.Node:
+    def tensor(self, expression: sympy.Expr) -> fx.Node:
+        """Computes an expression as a tensor, even where it is a number or a size."""
         computed = self.expression(expression)
         return computed if isinstance(computed, fx.Node) and _is_tensor(computed) else self.whole(computed)
 
