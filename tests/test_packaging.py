@@ -126,13 +126,9 @@ def test_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
 
 def test_editable_install_runs_the_checkout(source: Path, tmp_path: Path) -> None:
     target = install(build("build_editable", source, tmp_path / "dist"), tmp_path / "target")
-    # The environment may hold an editable install of its own, as CI's does; its finder has the same name.
-    alone = (
-        "import sys\n"
-        "sys.meta_path[:] = [each for each in sys.meta_path if '__editable__' not in str(getattr(each, '__module__', ''))]\n"
-        "for name in [each for each in sys.modules if each.startswith('__editable__')]: del sys.modules[name]\n"
-    )
-    script = f"{alone}import site; site.addsitedir({str(target)!r})\n" + textwrap.dedent(PROBE)
+    # First on the path: the environment may hold an editable install of its own, as CI's does, of the same name.
+    script = f"import site, sys; sys.path.insert(0, {str(target)!r}); site.addsitedir({str(target)!r})\n"
+    script += textwrap.dedent(PROBE)
     assert Path(run("-c", script, cwd=tmp_path).strip()) == source / "nsa_compile" / "__init__.py"
 
 
