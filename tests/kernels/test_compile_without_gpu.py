@@ -24,7 +24,6 @@ def _compiler() -> ModuleType:
     return module
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype"), [(80, torch.float16), (90, torch.bfloat16)], ids=["sm_80", "sm_90"])
 def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa_compile.kernels.gpu import joint, launch, selected, selection, window
