@@ -37,7 +37,8 @@ class _Driver:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps one target for each device number as long as the process lives.
+        return self._target.arch
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
