@@ -49,6 +49,14 @@ class SecondDerivativeError(NSAError):
     """A second derivative was asked for; the operators have first derivatives only."""
 
 
+class AttachError(NSAError):
+    """Learned parts cannot be attached to a model, or taken from it, in the way that was asked for."""
+
+
+class NotRewrittenError(NSAError):
+    """A module with learned parts would have run dense: its attention was not, or cannot be, rewritten."""
+
+
 class UnsupportedGraphError(NSAError):
     """What was given to `rewrite` is not a graph that the passes can read."""
 

@@ -89,7 +89,7 @@ def rewrite_graph(
             "nsa_compile, not of the model; please report it with the output of TORCH_LOGS='+nsa_compile'.  "
             "torch.compile(model) compiles the model without NSA."
         ).with_traceback(error.__traceback__) from error
-    after = readable(graph_module) if keep_code and plan.rewrites else before
+    after = readable(graph_module) if keep_code and plan.replacements else before
     return RewriteReport(config, sites, (GraphReport(before, after, break_reason),), _notes(config, sites))
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from nsa_compile.passes.axes import Axis, Dimension, Dimensions, leaves, resolved
 from nsa_compile.passes.layout import LabelledTensor, arrange, operand
-from nsa_compile.passes.metadata import dtype_of
+from nsa_compile.passes.metadata import recorded_dtype
 from nsa_compile.passes.parts import FactorPart, MaskPart, Parts
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.repetition import HeadGroups, head_groups, sources
@@ -43,16 +43,17 @@ def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Reje
     batch_dim = tuple(axis for axis in groups.own if axis in batch)
     kv_dim = tuple(axis for axis in groups.own if axis not in batch)
     rows = (batch_dim, (*kv_dim, *groups.shared), parts.length)
-    if not all(dtype_of(part.node).is_floating_point for part in (parts.query, parts.key, parts.value)):
+    if not all(recorded_dtype(part.node).is_floating_point for part in (parts.query, parts.key, parts.value)):
         return rejected(Reason.UNSUPPORTED_DTYPE, "Query, key and value are not real floating-point numbers.")
     dtype = None if parts.is_autocast else _common_dtype(queries, keys, values, parts.output.node)
     query = operand(queries, (*rows, parts.depth), dtype)
     key = operand(keys, (batch_dim, kv_dim, parts.keys, parts.depth), dtype)
     value = operand(values, (batch_dim, kv_dim, parts.keys, parts.value_depth), dtype)
     output = arrange((*rows, parts.value_depth), parts.output.dims)
-    for name, found in (("query", query), ("key", key), ("value", value), ("output", output)):
-        if found is None:
-            return rejected(Reason.UNSUPPORTED_SHAPE, f"The {name} cannot be viewed as [batch, heads, length, size].")
+    if query is None or key is None or value is None or output is None:
+        arranged = {"query": query, "key": key, "value": value, "output": output}
+        name = next(name for name, found in arranged.items() if found is None)
+        return rejected(Reason.UNSUPPORTED_SHAPE, f"The {name} cannot be viewed as [batch, heads, length, size].")
     placed_masks, placed_factors = [], []
     for mask, part in masks:
         placed = placed_mask(mask, part, (*rows, parts.keys))
@@ -66,7 +67,7 @@ def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Reje
             sentence = f"{part.tensor.node.name} scales the scores, and is not laid out as batch, heads and queries."
             return rejected(Reason.UNSUPPORTED_SCALE, sentence, part.tensor.node)
         placed_factors.append(factor)
-    output_dtype = dtype_of(parts.output.node)
+    output_dtype = recorded_dtype(parts.output.node)
     return AttentionSite(
         place=dataclasses.replace(
             place, shapes=place.shapes or {"query": query.shape, "key": key.shape, "value": value.shape}
@@ -105,8 +106,8 @@ def placed_mask(mask: Sequence[LabelledTensor], part: MaskPart, scores: Dimensio
         first = len(full) - len(dims)
         if first >= 0 and all(dim in ((), wanted) for dim, wanted in zip(dims, full[first:], strict=True)):
             return Mask(tensor.node, part.kind, factor=part.factor)
-        axes = [_product_of(dim, full) for dim in dims]
-        if None not in axes:
+        axes = [product for dim in dims if (product := _product_of(dim, full)) is not None]
+        if len(axes) == len(dims):
             return Mask(tensor.node, part.kind, tuple(axes), part.factor)
     return None
 
@@ -140,10 +141,10 @@ def _common_dtype(
     output: fx.Node,
 ) -> torch.dtype:
     """Chooses the dtype to compute in: the output's if all operands have it, before casts to a wider one if need be."""
-    available = [{dtype_of(tensor.node) for tensor in operand} for operand in (queries, keys, values)]
-    own = [dtype_of(operand[0].node) for operand in (queries, keys, values)]
+    available = [{recorded_dtype(tensor.node) for tensor in operand} for operand in (queries, keys, values)]
+    own = [recorded_dtype(operand[0].node) for operand in (queries, keys, values)]
     common = set.intersection(*available)
-    for preferred in (dtype_of(output), *own):
+    for preferred in (recorded_dtype(output), *own):
         if preferred in common:
             return preferred
     return max(own, key=lambda dtype: torch.finfo(dtype).bits)

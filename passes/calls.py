@@ -85,7 +85,8 @@ def operation(node: fx.Node) -> str:
     elif node.op == "call_function":
         name = _function_name(node.target)
     elif node.op == "call_module":
-        known = _MODULES.get(type(_module(node)))
+        module = _module(node)
+        known = _MODULES.get(type(module)) if module is not None else None
         return known[0] if known else node.op
     else:
         return node.op
@@ -113,6 +114,8 @@ def arguments(node: fx.Node) -> "dict[str, Any] | None":
         bound[name] = value
     if node.op == "call_module":
         module = _module(node)
+        if module is None or type(module) not in _MODULES:
+            return None
         bound |= {name: getattr(module, name) for name in _MODULES[type(module)][1]}
     return bound
 

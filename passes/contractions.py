@@ -57,10 +57,10 @@ def is_contraction(node: fx.Node) -> bool:
 
 
 def _product(node: fx.Node, left: Any, right: Any) -> Contraction | None:
-    shapes = [shape_of(operand) for operand in (left, right)]
-    if any(shape is None or len(shape) < 2 for shape in shapes):
+    left_shape, right_shape = shape_of(left), shape_of(right)
+    if left_shape is None or right_shape is None or min(len(left_shape), len(right_shape)) < 2:
         return None
-    left_dims, right_dims = (dimensions(shape) for shape in shapes)
+    left_dims, right_dims = dimensions(left_shape), dimensions(right_shape)
     if not unify(left_dims[-1], right_dims[-2]):
         return None
     batch: list[Dimension] = []
@@ -81,8 +81,9 @@ def _read_einsum(node: fx.Node) -> Contraction | None:
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
-    shapes = [shape_of(operand) for operand in operands]
-    if not isinstance(equation, str) or len(operands) != 2 or any(shape is None for shape in shapes):
+    nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
+    shapes = [shape for node in nodes if (shape := shape_of(node)) is not None]
+    if not isinstance(equation, str) or not len(operands) == len(shapes) == 2:
         return None
     terms = _terms(equation.replace(" ", ""), shapes)
     if terms is None:
@@ -104,8 +105,8 @@ def _read_einsum(node: fx.Node) -> Contraction | None:
     ]
     return Contraction(
         node,
-        LabelledTensor(operands[0], dims[0]),
-        LabelledTensor(operands[1], dims[1]),
+        LabelledTensor(nodes[0], dims[0]),
+        LabelledTensor(nodes[1], dims[1]),
         tuple(axes[letter] for letter in result),
     )
 

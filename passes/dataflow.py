@@ -6,7 +6,7 @@ import networkx as nx
 from torch import fx
 
 from nsa_compile.passes.calls import operation
-from nsa_compile.passes.metadata import dtype_of, is_parameter, shape_of
+from nsa_compile.passes.metadata import dtype_of, is_parameter, recorded_shape
 from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.sites import AttentionSite
 from nsa_compile.passes.views import is_view
@@ -85,4 +85,5 @@ def _is_floating(node: fx.Node) -> bool:
 
 def _is_weighted(node: fx.Node) -> bool:
     """Whether a node reads a parameter of two dimensions or more: an embedding, a projection."""
-    return any(is_parameter(read) and _is_floating(read) and len(shape_of(read)) >= 2 for read in node.all_input_nodes)
+    parameters = [read for read in node.all_input_nodes if is_parameter(read) and _is_floating(read)]
+    return any(len(recorded_shape(parameter)) >= 2 for parameter in parameters)

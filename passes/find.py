@@ -10,7 +10,7 @@ from nsa_compile.passes.multihead import (
     read_multihead_call,
 )
 from nsa_compile.passes.predicate.writes import Writes
-from nsa_compile.passes.scopes import walk_scopes
+from nsa_compile.passes.scopes import operator_name, walk_scopes
 from nsa_compile.passes.sdpa import is_sdpa_call, read_sdpa_call
 from nsa_compile.passes.sites import AttentionSite, Reason, Rejection, Scope
 from nsa_compile.passes.softmax import is_softmax, read_softmax
@@ -48,7 +48,7 @@ def _declined_by_scope(attention: AttentionSite | Rejection, scope: Scope) -> Re
     """Declines what is in a `torch.autograd.Function`: its backward would still be that of dense attention."""
     while scope.parent is not None:
         call = scope.calls[0]
-        if call.target.name() == "autograd_function_apply" and isinstance(attention, AttentionSite):
+        if operator_name(call) == "autograd_function_apply" and isinstance(attention, AttentionSite):
             sentence = f"The attention is in {scope.path}, of the torch.autograd.Function that {call} applies."
             return Rejection(Reason.CUSTOM_GRADIENT, sentence, (call,), attention.place)
         scope = scope.parent

@@ -73,11 +73,10 @@ def arrange(dims: Dimensions, target: Dimensions) -> "tuple[Step, ...] | None":
 
 
 def _sizes_with_one_left_open(dim: Dimension) -> "list[int] | None":
-    symbolic = [i for i, axis in enumerate(dim) if not isinstance(axis.size, int)]
-    if len(symbolic) > 1:
+    known = [axis.size if isinstance(axis.size, int) else -1 for axis in dim]
+    if known.count(-1) > 1:
         return None
-    open_position = symbolic[0] if symbolic else 0
-    return [-1 if i == open_position else axis.size for i, axis in enumerate(dim)]
+    return known if -1 in known else [-1, *known[1:]]
 
 
 def operand(candidates: Sequence[LabelledTensor], target: Dimensions, dtype: torch.dtype | None) -> Operand | None:

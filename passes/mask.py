@@ -152,7 +152,7 @@ class MaskProver:
         for node, symbol in zip(places, index, strict=True):
             self._interpreter.assume(node, body, AbstractTensor((), torch.int64, number(symbol)))
         output = graph.output_node()
-        result = output.args[0][0] if isinstance(output.args[0], (tuple, list)) else output.args[0]
+        (result,) = output.all_input_nodes
         value = self._interpreter.evaluate(result, body, output)
         mask = Mask(result, MaskKind.ALLOWED)
         return self._read(value.formula, sizes, body, (mask,), graph.output_node())

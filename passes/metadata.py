@@ -51,6 +51,33 @@ def dtype_of(node: Any) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
+def recorded_tensor(node: fx.Node) -> torch.Tensor:
+    """Returns the recorded tensor of a node that was read before, and therefore has one.
+
+    Raises:
+        LookupError: it has none.
+    """
+    tensor = tensor_of(node)
+    if tensor is None:
+        raise LookupError(f"the graph records no tensor for {node}")
+    return tensor
+
+
+def recorded_shape(node: fx.Node) -> Shape:
+    """Returns the symbolic shape of a node that was read before; raises as `recorded_tensor` does."""
+    return tuple(recorded_tensor(node).shape)
+
+
+def recorded_dtype(node: fx.Node) -> torch.dtype:
+    """Returns the dtype of a node that was read before; raises as `recorded_tensor` does."""
+    return recorded_tensor(node).dtype
+
+
+def device_of(node: fx.Node) -> torch.device:
+    """Returns the device of a node that was read before; raises as `recorded_tensor` does."""
+    return recorded_tensor(node).device
+
+
 def number_of(value: Any) -> "float | int | bool | None":
     """Returns the number that a constant, or a node whose recorded value is fixed, stands for; None otherwise.
 

@@ -15,7 +15,7 @@ from nsa_compile.passes.assemble import placed_mask
 from nsa_compile.passes.axes import Dimensions, dimension
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import dtype_of, number_of, place_of, shape_of, tensor_of
+from nsa_compile.passes.metadata import number_of, place_of, recorded_dtype, recorded_shape, shape_of, tensor_of
 from nsa_compile.passes.parts import MaskPart, Problem
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.repetition import sources
@@ -72,8 +72,8 @@ def _multihead_problem(node: fx.Node, bound: dict[str, Any], used_weights: list[
     needed = ("query", "key", "value", "out_proj_weight")
     if not bound or not all(isinstance(bound.get(name), fx.Node) for name in needed):
         return Problem(Reason.UNSUPPORTED_CALL, f"The arguments of {node} are not ones that can be read.")
-    shapes = [shape_of(bound[name]) for name in needed[:3]]
-    if any(shape is None for shape in shapes):
+    shapes = [shape for name in needed[:3] if (shape := shape_of(bound[name])) is not None]
+    if len(shapes) < 3:
         return Problem(Reason.UNKNOWN_SHAPES, "No shape is recorded for query, key or value.")
     if not len(shapes[0]) == len(shapes[1]) == len(shapes[2]) in (2, 3):
         return Problem(Reason.UNSUPPORTED_SHAPE, f"The shapes {shapes} are not [length, batch, size].")
@@ -90,7 +90,7 @@ def _multihead_problem(node: fx.Node, bound: dict[str, Any], used_weights: list[
 
 def _read_multihead(bound: dict[str, Any], place: Place, writes: Writes) -> AttentionSite | Rejection:
     heads, width = bound["num_heads"], bound["embed_dim_to_check"]
-    is_batched = len(shape_of(bound["query"])) == 3
+    is_batched = len(recorded_shape(bound["query"])) == 3
     split = (
         Step(_aten.unflatten.int, (-1, [heads, -1])),
         *((Step(_aten.permute.default, ([1, 2, 0, 3],)),) if is_batched
@@ -106,7 +106,7 @@ def _read_multihead(bound: dict[str, Any], place: Place, writes: Writes) -> Atte
         rows = (number * width, (number + 1) * width)
         weight = _weight(bound, f"{name[0]}_proj_weight", rows)
         bias = None if bound.get("in_proj_bias") is None else _rows(bound["in_proj_bias"], rows)
-        length, batch = (*shape_of(bound[name])[:-1], 1)[:2]
+        length, batch = (*recorded_shape(bound[name])[:-1], 1)[:2]
         shape = (batch, heads, length, width // heads)
         operands.append(Operand(bound[name], shape, (Step(_aten.linear.default, (weight, bias)), *split)))
     is_causal = bool(bound["is_causal"]) and bound.get("key_padding_mask") is None and not bound["need_weights"]
@@ -123,7 +123,7 @@ def read_encoder_layer(node: fx.Node, scope: Scope, writes: Writes) -> Attention
     names = ("source", "width", "heads", "in_weight", "in_bias", "out_weight", "out_bias", "use_gelu", "norm_first",
              "eps", "weight_1", "bias_1", "weight_2", "bias_2", "up_weight", "up_bias", "down_weight", "down_bias",
              "mask", "mask_type")  # fmt: skip
-    bound = dict(zip(names, node.args, strict=False))
+    bound: dict[str, Any] = dict(zip(names, node.args, strict=False))
     tensor = tensor_of(bound.get("source"))
     if node.kwargs or len(node.args) < names.index("mask") or tensor is None or tensor.is_nested or tensor.dim() != 3:
         sentence = f"{node} is not called with one padded batch of sequences."
@@ -173,7 +173,7 @@ def _site(
         query=query,
         key=key,
         value=value,
-        dtype=dtype_of(place.node),
+        dtype=recorded_dtype(place.node),
         masks=masks,
         is_causal=is_causal,
         output=output,
@@ -233,16 +233,18 @@ def _placed(
 
 
 def _weight(bound: dict[str, Any], name: str, rows: tuple[int, int]) -> Operand:
-    return _whole(bound[name]) if bound["use_separate_proj_weight"] else _rows(bound["in_proj_weight"], rows)
+    if bound["use_separate_proj_weight"]:
+        return Operand(bound[name], recorded_shape(bound[name]))
+    return _rows(bound["in_proj_weight"], rows)
 
 
 def _whole(node: fx.Node | None) -> Operand | None:
-    return None if node is None else Operand(node, shape_of(node))
+    return None if node is None else Operand(node, recorded_shape(node))
 
 
 def _rows(node: fx.Node, rows: tuple[int, int]) -> Operand:
     start, end = rows
-    return Operand(node, (end - start, *shape_of(node)[1:]), (Step(_aten.slice.Tensor, (0, start, end)),))
+    return Operand(node, (end - start, *recorded_shape(node)[1:]), (Step(_aten.slice.Tensor, (0, start, end)),))
 
 
 def _norm(bound: dict[str, Any], number: str, width: int) -> Step:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.passes.dataflow import ActivationFlow, Relation
 from nsa_compile.passes.mask import MaskProver, VisibleKeys
-from nsa_compile.passes.metadata import dtype_of, number_of, recorded_value, same_size, tensor_of
+from nsa_compile.passes.metadata import device_of, dtype_of, number_of, recorded_value, same_size
 from nsa_compile.passes.predicate.interpreter import ConstantReader
-from nsa_compile.passes.scopes import is_extensible
+from nsa_compile.passes.scopes import is_extensible, outward
 from nsa_compile.passes.sites import AttentionSite, Place, Reason, Rejection, Size
 
 # Largest head size that the GPU kernels keep in registers and shared memory.
@@ -26,25 +27,38 @@ _DTYPES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Replacement:
+    """An attention that becomes NSA, and all that its operator needs.
+
+    Attributes:
+        site: the attention.
+        scale: factor of the scores, as a number; None for 1/sqrt(D).
+        visible: the keys that each query sees.
+    """
+
+    site: AttentionSite
+    scale: float | None
+    visible: VisibleKeys
+
+
+@dataclasses.dataclass(frozen=True)
 class Decision:
-    """What becomes of one attention.
+    """What becomes of one attention: either `replacement` or `rejection` is given.
 
     Attributes:
         place: where it is.
         site: how it was read; None where it could not be.
-        scale: factor of the scores, as a number; None for 1/sqrt(D).
-        visible: the keys that each query sees; None where that is not proved.
         mask: what a query sees, in a few words; "" where that is unknown.
         proof: how that was proved, a sentence for each part.
+        replacement: what it is replaced by; None where it stays as it is.
         rejection: why it stays as it is; None where it is rewritten.
     """
 
     place: Place
     site: AttentionSite | None = None
-    scale: float | None = None
-    visible: VisibleKeys | None = None
     mask: str = ""
     proof: tuple[str, ...] = ()
+    replacement: Replacement | None = None
     rejection: Rejection | None = None
 
 
@@ -63,9 +77,9 @@ class RewritePlan:
     prover: MaskProver = dataclasses.field(repr=False, compare=False)
 
     @property
-    def rewrites(self) -> tuple[Decision, ...]:
+    def replacements(self) -> tuple[Replacement, ...]:
         """The attentions that become NSA."""
-        return tuple(decision for decision in self.decisions if decision.rejection is None)
+        return tuple(decision.replacement for decision in self.decisions if decision.replacement is not None)
 
 
 def plan_rewrite(
@@ -97,29 +111,23 @@ class _Policy:
 
     def decide(self, found: AttentionSite | Rejection) -> Decision:
         if isinstance(found, Rejection):
+            if found.place is None:
+                raise ValueError(f"a rejection without a place is no finding: {found.sentence}")
             return Decision(found.place, rejection=found)
         visible = self._prover.visible_keys(found)
         if isinstance(visible, Rejection):
-            return self._declined(found, self._explained(found, visible))
-        decision = Decision(
-            place=found.place,
-            site=found,
-            scale=_scale(found),
-            visible=visible,
-            mask=visible.describe(),
-            proof=visible.proof,
-        )
+            return _declined(Decision(found.place, found), found, self._explained(found, visible))
+        replacement = Replacement(found, _scale(found), visible)
+        decision = Decision(found.place, found, visible.describe(), visible.proof)
         rejection = (
             self._not_causal(found)
-            or _not_reachable(decision)
-            or self._not_supported(decision)
+            or _not_reachable(replacement)
+            or _not_supported(replacement)
             or self._not_wanted(found)
         )
-        return decision if rejection is None else self._declined(found, rejection, decision)
-
-    def _declined(self, site: AttentionSite, rejection: Rejection, decision: Decision | None = None) -> Decision:
-        named = dataclasses.replace(rejection, nodes=rejection.nodes or (site.node,), place=site.place)
-        return dataclasses.replace(decision or Decision(site.place, site), rejection=named)
+        if rejection is not None:
+            return _declined(decision, found, rejection)
+        return dataclasses.replace(decision, replacement=replacement)
 
     def _explained(self, site: AttentionSite, rejection: Rejection) -> Rejection:
         """Says more precisely what the prover, which sees the masks alone, cannot tell apart."""
@@ -143,22 +151,6 @@ class _Policy:
         sentence = f"Keys ({site.key.node}) come from another sequence than queries ({site.query.node})."
         return Rejection(Reason.CROSS_ATTENTION, sentence, (site.query.node, site.key.node))
 
-    def _not_supported(self, decision: Decision) -> Rejection | None:
-        site = decision.site
-        if decision.scale is not None and not math.isfinite(decision.scale):
-            parts = ", ".join(str(node) for node, _ in site.symbolic_scales) or str(site.scale)
-            return Rejection(Reason.UNSUPPORTED_SCALE, f"The scale is {parts}, which is no number known beforehand.")
-        dtype, tensor = dtype_of(site.node), tensor_of(site.query.node)
-        device = tensor.device.type
-        if dtype not in _DTYPES.get(device, _DTYPES["other"]):
-            return Rejection(Reason.UNSUPPORTED_DTYPE, f"The dtype is {dtype} on {device}.")
-        sizes = [_specialized(size) for size in (site.query.shape[3], site.value.shape[3])]
-        if not all(map(math.isfinite, sizes)):
-            return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, "The head size is not known before the graph runs.")
-        if device == "cuda" and max(sizes) > MAX_HEAD_SIZE:
-            return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, f"A head size of {max(sizes):g} is above {MAX_HEAD_SIZE}.")
-        return None
-
     def _not_wanted(self, site: AttentionSite) -> Rejection | None:
         if self._config.combine == "gated":
             return Rejection(Reason.NO_GATES, f"No gates are attached to {site.place.module or 'the model'}.")
@@ -168,15 +160,37 @@ class _Policy:
         return None
 
 
-def _not_reachable(decision: Decision) -> Rejection | None:
+def _declined(decision: Decision, site: AttentionSite, rejection: Rejection) -> Decision:
+    named = dataclasses.replace(rejection, nodes=rejection.nodes or (site.node,), place=site.place)
+    return dataclasses.replace(decision, rejection=named)
+
+
+def _not_reachable(replacement: Replacement) -> Rejection | None:
     """Declines sites in a body that what their mask is made of cannot be handed to."""
-    scope = decision.place.scope
-    while not decision.visible.is_trivial and scope.graph_module is not decision.visible.scope.graph_module:
+    visible = replacement.visible
+    if visible.is_trivial:
+        return None
+    for scope in outward(replacement.site.scope, visible.scope):
         if not is_extensible(scope):
             call = scope.calls[0]
             sentence = f"What the mask is made of cannot be handed to {scope.path}, which {call} runs."
             return Rejection(Reason.SHARED_BODY, sentence, (call,))
-        scope = scope.parent
+    return None
+
+
+def _not_supported(replacement: Replacement) -> Rejection | None:
+    site, scale = replacement.site, replacement.scale
+    if scale is not None and not math.isfinite(scale):
+        parts = ", ".join(str(node) for node, _ in site.symbolic_scales) or str(site.scale)
+        return Rejection(Reason.UNSUPPORTED_SCALE, f"The scale is {parts}, which is no number known beforehand.")
+    dtype, device = dtype_of(site.node), device_of(site.query.node).type
+    if dtype not in _DTYPES.get(device, _DTYPES["other"]):
+        return Rejection(Reason.UNSUPPORTED_DTYPE, f"The dtype is {dtype} on {device}.")
+    sizes = [_specialized(size) for size in (site.query.shape[3], site.value.shape[3])]
+    if not all(map(math.isfinite, sizes)):
+        return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, "The head size is not known before the graph runs.")
+    if device == "cuda" and max(sizes) > MAX_HEAD_SIZE:
+        return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, f"A head size of {max(sizes):g} is above {MAX_HEAD_SIZE}.")
     return None
 
 
@@ -192,7 +206,7 @@ def is_at_least(size: Size, least: int) -> bool:
     reached = size >= least
     if statically_known_true(reached):
         return True
-    if torch._guards.TracingContext.try_get() is None:
+    if TracingContext.try_get() is None:
         return not statically_known_true(size < least)
     try:
         return bool(reached)
@@ -211,7 +225,7 @@ def _scale(site: AttentionSite) -> float | None:
 def _specialized(number_or_node: fx.Node | Size) -> float:
     """Fixes a symbolic number by a guard, where Dynamo compiles; NaN where it cannot be fixed."""
     number, value = number_of(number_or_node), recorded_value(number_or_node)
-    if number is None and isinstance(value, torch.SymFloat | torch.SymInt) and torch._guards.TracingContext.try_get():
+    if number is None and isinstance(value, torch.SymFloat | torch.SymInt) and TracingContext.try_get():
         with contextlib.suppress(GuardOnDataDependentSymNode):
             number = float(value)
     return float(number) if number else math.nan

@@ -1,6 +1,7 @@
 """Attention probabilities, followed forwards from the softmax to their product with the values."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,12 +146,13 @@ def is_redundant(refill: tuple[fx.Node, MaskKind], scores: Scores, softmax_input
     condition, kind = refill
     if any(mask.tensor.node is condition and mask.kind is kind for mask in scores.masks):
         return True
-    names, node = [], condition
+    names: list[str] = []
+    node: Any = condition
     while isinstance(node, fx.Node) and operation(node) in ("logical_not", "bitwise_not", "any", "all", "eq"):
         names.append(operation(node).replace("bitwise", "logical"))
         if names[-1] == "eq":
-            is_minus_infinity = len(node.args) > 1 and number_of(node.args[1]) == float("-inf")
-            is_asked_of_scores = node.args[0] is softmax_input and is_minus_infinity
+            compared, *values = node.args
+            is_asked_of_scores = compared is softmax_input and [number_of(value) for value in values] == [-math.inf]
             asks_all = names in (["logical_not", "any", "logical_not", "eq"], ["all", "eq"])
             return kind is MaskKind.BLOCKED and is_asked_of_scores and asks_all
         node = node.args[0]

@@ -6,11 +6,10 @@ from torch import fx
 
 from nsa_compile.passes.bodies import bring_in, take_out
 from nsa_compile.passes.emission import Emitter, erase_dead
-from nsa_compile.passes.mask import VisibleKeys
-from nsa_compile.passes.metadata import tensor_of
-from nsa_compile.passes.plan import Decision, RewritePlan
+from nsa_compile.passes.metadata import device_of
+from nsa_compile.passes.plan import Replacement, RewritePlan
 from nsa_compile.passes.predicate.emission import EmittedInterval
-from nsa_compile.passes.scopes import is_extensible
+from nsa_compile.passes.scopes import is_extensible, outward
 from nsa_compile.passes.sites import Scope
 
 
@@ -27,7 +26,7 @@ def apply_plan(graph_module: fx.GraphModule, plan: RewritePlan) -> fx.GraphModul
     Returns:
         `graph_module`.
     """
-    if plan.rewrites:
+    if plan.replacements:
         _Rewrite(graph_module, plan).apply()
     return graph_module
 
@@ -45,14 +44,14 @@ class _Rewrite:
         self._note_scope(Scope(graph_module))
 
     def apply(self) -> None:
-        for decision in self._plan.rewrites:
-            self._note_scope(decision.place.scope)
+        for replacement in self._plan.replacements:
+            self._note_scope(replacement.site.scope)
         # All intervals first: rewriting erases nodes that a later interval may still want to read.
-        for key, anchor, decision in self._first_users():
-            device = tensor_of(decision.site.query.node).device
-            self._intervals[key] = self._plan.prover.emit(decision.visible, anchor, device)
-        for decision in self._plan.rewrites:
-            self._rewrite_site(decision)
+        for key, anchor, replacement in self._first_users():
+            device = device_of(replacement.site.query.node)
+            self._intervals[key] = self._plan.prover.emit(replacement.visible, anchor, device)
+        for replacement in self._plan.replacements:
+            self._rewrite_site(replacement)
         self._erase_orphans()
         for graph_module in self._scopes:
             graph_module.graph.lint()
@@ -63,32 +62,31 @@ class _Rewrite:
             self._note_scope(scope.parent)
         self._scopes.setdefault(scope.graph_module, scope)
 
-    def _first_users(self) -> list[tuple[Hashable, fx.Node, Decision]]:
+    def _first_users(self) -> list[tuple[Hashable, fx.Node, Replacement]]:
         """For each interval that has to be computed: where, and for which site first."""
         position: dict[fx.Node, int] = {}
         for graph_module in self._scopes:
             position.update({node: i for i, node in enumerate(graph_module.graph.nodes)})
-        first: dict[Hashable, tuple[fx.Node, Decision]] = {}
-        for decision in self._plan.rewrites:
-            visible = decision.visible
-            if visible.is_trivial:
+        first: dict[Hashable, tuple[fx.Node, Replacement]] = {}
+        for replacement in self._plan.replacements:
+            if replacement.visible.is_trivial:
                 continue
-            anchor = _ancestor(decision, visible)
-            key = _interval_key(decision)
+            anchor = _ancestor(replacement)
+            key = _interval_key(replacement)
             if key not in first or position[anchor] < position[first[key][0]]:
-                first[key] = (anchor, decision)
-        return [(key, anchor, decision) for key, (anchor, decision) in first.items()]
+                first[key] = (anchor, replacement)
+        return [(key, anchor, replacement) for key, (anchor, replacement) in first.items()]
 
-    def _rewrite_site(self, decision: Decision) -> None:
-        site = decision.site
+    def _rewrite_site(self, replacement: Replacement) -> None:
+        site = replacement.site
         graph_module = site.scope.graph_module
         emitter = Emitter(graph_module, site.node, self._replaced)
         tensors = [emitter.operand(operand) for operand in (site.query, site.key, site.value)]
         for factor in site.factors:
             tensors[0] = emitter.scaled(tensors[0], factor)
         attributes = {
-            **self._visible_keys(decision),
-            "scale": decision.scale,
+            **self._visible_keys(replacement),
+            "scale": replacement.scale,
             **self._plan.config.operator_arguments(),
         }
         result = emitter.attention(tensors, attributes, (*site.query.shape[:3], site.value.shape[3]), site.dtype)
@@ -104,13 +102,13 @@ class _Rewrite:
             # An exported program knows its outputs by name.
             result.name = name
 
-    def _visible_keys(self, decision: Decision) -> dict[str, object]:
-        visible = decision.visible
+    def _visible_keys(self, replacement: Replacement) -> dict[str, object]:
+        visible = replacement.visible
         if visible.is_trivial:
             return {"is_causal": visible.is_causal}
-        interval = self._intervals[_interval_key(decision)]
+        interval = self._intervals[_interval_key(replacement)]
         nodes = {
-            name: self._brought_in(node, visible.scope, decision.place.scope)
+            name: self._brought_in(node, visible.scope, replacement.site.scope)
             for name in ("first_key", "last_key", "key_valid")
             if (node := getattr(interval, name)) is not None
         }
@@ -131,13 +129,13 @@ class _Rewrite:
                 self._orphans.setdefault(scope.parent.graph_module, []).extend(handed_in)
 
 
-def _interval_key(decision: Decision) -> Hashable:
-    return decision.visible.key(), tensor_of(decision.site.query.node).device
+def _interval_key(replacement: Replacement) -> Hashable:
+    return replacement.visible.key(), device_of(replacement.site.query.node)
 
 
-def _ancestor(decision: Decision, visible: VisibleKeys) -> fx.Node:
+def _ancestor(replacement: Replacement) -> fx.Node:
     """The site, or the first call on the way to it, in the graph that computes what its queries see."""
-    node, scope = decision.site.node, decision.site.scope
-    while scope.graph_module is not visible.scope.graph_module:
-        node, scope = scope.calls[0], scope.parent
+    node = replacement.site.node
+    for scope in outward(replacement.site.scope, replacement.visible.scope):
+        node = scope.calls[0]
     return node

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils import _pytree as pytree
 
 from nsa_compile.passes.sites import Scope
@@ -47,13 +47,27 @@ def body_references(graph_module: fx.GraphModule, node: fx.Node) -> list[fx.Node
     return [argument for argument in node.all_input_nodes if _is_body(graph_module, argument)]
 
 
+def outward(inner: Scope, outer: Scope) -> Iterator[Scope]:
+    """Yields the bodies to be left on the way from a scope to one around it: `inner` first, without `outer`."""
+    scope: Scope | None = inner
+    while scope is not None and scope.graph_module is not outer.graph_module:
+        yield scope
+        scope = scope.parent
+
+
+def operator_name(node: fx.Node) -> str:
+    """Returns the name of the operator that a node calls, such as "aten::add.Tensor"; "" where it calls none."""
+    return node.target.name() if isinstance(node.target, OpOverload | HigherOrderOperator) else ""
+
+
 def is_extensible(scope: Scope) -> bool:
     """Tells whether inputs can be handed to a body through its calls, or taken from it."""
-    if scope.parent is None:
+    parent = scope.parent
+    if parent is None:
         return False
     count = sum(node.op == "placeholder" for node in scope.graph_module.graph.nodes)
     return all(
-        call.target.name() in EXTENSIBLE and _operands(scope.parent.graph_module, call, count) is not None
+        operator_name(call) in EXTENSIBLE and _operands(parent.graph_module, call, count) is not None
         for call in scope.calls
     )
 
@@ -83,7 +97,7 @@ def _operands(graph_module: fx.GraphModule, call: fx.Node, count: int) -> "list[
     if not bodies:
         return None
     operands = pytree.arg_tree_leaves(*call.args[bodies[-1] + 1 :])
-    if call.target.name() == "invoke_subgraph":
+    if operator_name(call) == "invoke_subgraph":
         operands = operands[1:]
     return operands if len(operands) == count else None
 

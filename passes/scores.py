@@ -12,7 +12,7 @@ from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.constants import constant_of
 from nsa_compile.passes.contractions import Contraction, is_contraction, read_contraction
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import dtype_of, number_of, recorded_value, same_shape, shape_of
+from nsa_compile.passes.metadata import number_of, recorded_dtype, recorded_shape, recorded_value, same_shape, shape_of
 from nsa_compile.passes.parts import FactorPart, MaskPart, Problem
 from nsa_compile.passes.predicate.additive import MASKED_BELOW
 from nsa_compile.passes.predicate.writes import Writes
@@ -107,7 +107,8 @@ class ScoreReader:
         if read:
             sentence = f"{node} joins two products: a position-dependent bias is part of the scores."
             return Problem(Reason.LEARNED_BIAS, sentence, (node,))
-        return min(attempts, key=lambda problem: problem.reason is Reason.UNKNOWN_SPELLING)
+        problems = [attempt for attempt in attempts if isinstance(attempt, Problem)]
+        return min(problems, key=lambda problem: problem.reason is Reason.UNKNOWN_SPELLING)
 
     def _finish(self, state: _State) -> Scores | Problem:
         product = read_contraction(state.node)
@@ -142,7 +143,7 @@ class ScoreReader:
         pairs += [(bound["other"], bound["input"])] if commutes else []
         for scores, other in pairs:
             shape = shape_of(scores)
-            if shape is not None and same_shape(shape, shape_of(state.node)):
+            if shape is not None and same_shape(shape, recorded_shape(state.node)):
                 yield scores, other
 
     def _masked(self, state: _State, mask: fx.Node, kind: MaskKind, factor: float = 1.0) -> "_State | Problem":
@@ -200,7 +201,7 @@ class ScoreReader:
             ):
                 # The same for all keys: the softmax does not see it.
                 return [state.back_to(scores)]
-            if factor is None or not isinstance(other, fx.Node) or not dtype_of(other).is_floating_point:
+            if factor is None or not isinstance(other, fx.Node) or not recorded_dtype(other).is_floating_point:
                 outcomes.append(Problem(Reason.UNKNOWN_SPELLING, f"{state.node} adds {other}.", (state.node,)))
                 continue
             masked = self._masked(state, other, MaskKind.ADDITIVE, sign * factor)
@@ -209,7 +210,8 @@ class ScoreReader:
         if states:
             return states
         sentence = f"{state.node} adds what is larger than the scores."
-        return outcomes[0] if outcomes else Problem(Reason.UNKNOWN_SPELLING, sentence, (state.node,))
+        problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+        return problems[0] if problems else Problem(Reason.UNKNOWN_SPELLING, sentence, (state.node,))
 
     def _is_stabilizer(self, other: Any, scores: fx.Node, dims: Dimensions) -> bool:
         """Whether a subtrahend is the scores' own maximum, as kept from overflow by hand."""
@@ -238,7 +240,7 @@ class ScoreReader:
         if number * state.scale > MASKED_BELOW:
             sentence = f"{state.node} fills in {number}, which does not hide a key."
             return Problem(Reason.ADDITIVE_BIAS, sentence, (state.node,))
-        if not same_shape(shape_of(scores) or (), shape_of(state.node)):
+        if not same_shape(shape_of(scores) or (), recorded_shape(state.node)):
             return Problem(Reason.UNKNOWN_SPELLING, f"{state.node} is larger than the scores.", (state.node,))
         masked = self._masked(state, mask, kind)
         return masked if isinstance(masked, Problem) else [masked.back_to(scores)]

@@ -45,12 +45,12 @@ def read_sdpa_call(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite
     if bound is None:
         return rejected(Reason.UNSUPPORTED_CALL, f"{spelling} is called with arguments that its signature lacks.")
     names = ("query", "key", "value")
-    operands = [bound.get(name) for name in names]
+    operands = [operand for name in names if isinstance(operand := bound.get(name), fx.Node)]
     mask = bound.get("attn_mask")
-    if not all(isinstance(each, fx.Node) for each in operands) or not isinstance(mask, fx.Node | None):
+    if len(operands) < 3 or not isinstance(mask, fx.Node | None):
         return rejected(Reason.UNSUPPORTED_CALL, "query, key, value and attn_mask are not all nodes of the graph.")
-    shapes = [shape_of(each) for each in operands]
-    if any(shape is None for shape in shapes):
+    shapes = [shape for each in operands if (shape := shape_of(each)) is not None]
+    if len(shapes) < 3:
         return rejected(Reason.UNKNOWN_SHAPES, "No shape is recorded for query, key or value.")
     place = place_of(node, scope, spelling, dict(zip(names, shapes, strict=True)))
     is_causal, enable_gqa = (number_of(bound.get(name, False)) for name in ("is_causal", "enable_gqa"))

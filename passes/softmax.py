@@ -46,7 +46,9 @@ def read_softmax(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite |
     bound = arguments(node) or {}
     scores_node, dim = bound.get("input"), bound.get("dim")
     shape = shape_of(scores_node)
-    if shape is None or not isinstance(dim, int) or not _is_between_products(node):
+    if not isinstance(scores_node, fx.Node) or shape is None or not isinstance(dim, int):
+        return None
+    if not _is_between_products(node):
         return None
     parts = _read(node, scores_node, dimensions(shape), dim, writes)
     if isinstance(parts, Problem):
@@ -111,7 +113,7 @@ def _parts(scores: Scores, weighting: Weighting, dims: Dimensions, dim: int, wri
 def _casts_operands(product: fx.Node) -> bool:
     """Whether a product has another dtype than its operands, as under autocast."""
     read = read_contraction(product)
-    return any(dtype_of(operand.node) != dtype_of(product) for operand in (read.left, read.right))
+    return read is not None and any(dtype_of(operand.node) != dtype_of(product) for operand in (read.left, read.right))
 
 
 def _rows(scores: Scores, query: LabelledTensor, dims: Dimensions, dim: int) -> Dimension:

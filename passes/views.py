@@ -14,7 +14,7 @@ from torch import fx
 
 from nsa_compile.passes.axes import Axis, Dimension, Dimensions, dimension, dimensions, flat, unify, unify_dimensions
 from nsa_compile.passes.calls import operation
-from nsa_compile.passes.metadata import dtype_of, number_of, same_size, shape_of
+from nsa_compile.passes.metadata import number_of, same_size, shape_of, tensor_of
 from nsa_compile.passes.sites import Shape
 
 
@@ -48,10 +48,10 @@ def read_view(node: fx.Node) -> View | None:
         rest, source = [len(source), *rest], source[0]
     if not isinstance(source, fx.Node):
         return None
-    shape, view_shape = shape_of(source), shape_of(node)
-    if shape is None or view_shape is None or not _keeps_values(dtype_of(source), dtype_of(node)):
+    tensor, view = tensor_of(source), tensor_of(node)
+    if tensor is None or view is None or not _keeps_values(tensor.dtype, view.dtype):
         return None
-    related = rule(_Call(shape, view_shape, rest, node.kwargs))
+    related = rule(_Call(tuple(tensor.shape), tuple(view.shape), rest, node.kwargs))
     return None if related is None else View(source, *related)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import sympy
 
 from nsa_compile.passes.predicate.signs import never_negative
-from nsa_compile.passes.predicate.terms import Atom, Formula, Not, Relation, coefficient_of, replaced
+from nsa_compile.passes.predicate.terms import Atom, Formula, Not, Relation, coefficient_of, replaced, symbols_of
 
 
 def strongest(parts: dict[Formula, None]) -> dict[Formula, None]:
@@ -56,7 +56,7 @@ def _limits(parts: Iterable[Formula]) -> dict[sympy.Expr, list[tuple[sympy.Expr,
 
 def _implies(zero: sympy.Expr, limited: sympy.Expr) -> bool:
     """Whether `zero = 0` is known to imply `limited ≤ 0`."""
-    for symbol in zero.free_symbols & limited.free_symbols:
+    for symbol in symbols_of(zero) & symbols_of(limited):
         coefficient = coefficient_of(symbol, zero)
         rest = sympy.expand(zero - coefficient * symbol)
         if coefficient in (1, -1) and not rest.has(symbol):

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import fx
@@ -17,7 +18,7 @@ _SELECTIONS = frozenset({"topk", "kthvalue", "sort", "argsort", "msort"})
 _FARTHEST = 300
 
 
-def cause_of_bias(leaves: tuple[Leaf, ...], indices: set[object]) -> Reason:
+def cause_of_bias(leaves: tuple[Leaf, ...], indices: AbstractSet[object]) -> Reason:
     """The kind of bias that the scores get.
 
     Args:

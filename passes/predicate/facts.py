@@ -11,7 +11,17 @@ from sympy.core.function import AppliedUndef
 
 from nsa_compile.passes.predicate.formula import atom
 from nsa_compile.passes.predicate.signs import never_negative
-from nsa_compile.passes.predicate.terms import FALSE, TRUE, Atom, Formula, Relation, coefficient_of, replaced
+from nsa_compile.passes.predicate.terms import (
+    FALSE,
+    TRUE,
+    Atom,
+    Formula,
+    Relation,
+    arguments_of,
+    coefficient_of,
+    replaced,
+    symbols_of,
+)
 
 # Symbol -> its largest value; the smallest is 0.
 Ranges = Mapping[sympy.Symbol, sympy.Expr]
@@ -20,7 +30,7 @@ Ranges = Mapping[sympy.Symbol, sympy.Expr]
 def smallest(expression: sympy.Expr, ranges: Ranges) -> sympy.Expr | None:
     """A lower bound, free of the ranged symbols, that is reached; None where the expression is not affine in them."""
     expression = sympy.expand(expression)
-    for symbol in sorted(expression.free_symbols & set(ranges), key=str):
+    for symbol in sorted(symbols_of(expression) & set(ranges), key=str):
         coefficient = coefficient_of(symbol, expression)
         rest = expression - coefficient * symbol
         if rest.has(symbol) or not coefficient.is_number:
@@ -90,13 +100,14 @@ def never_decreases(
             return False
         return never_decreases(varying[0], symbol, sorted_axis, sign if coefficient.is_positive else -sign)
     if isinstance(expression, (sympy.floor, sympy.ceiling, sympy.Max, sympy.Min)):
-        return all(never_decreases(argument, symbol, sorted_axis, sign) for argument in expression.args)
+        return all(never_decreases(argument, symbol, sorted_axis, sign) for argument in arguments_of(expression))
     if isinstance(expression, AppliedUndef):
         along = sorted_axis(expression.func.__name__)
         if along is None or sign < 0:
             return False
-        others = [argument for place, argument in enumerate(expression.args) if place != along]
+        index = arguments_of(expression)
+        others = [argument for place, argument in enumerate(index) if place != along]
         if any(symbol in argument.free_symbols for argument in others):
             return False
-        return never_decreases(expression.args[along], symbol, sorted_axis)
+        return never_decreases(index[along], symbol, sorted_axis)
     return False

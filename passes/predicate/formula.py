@@ -48,7 +48,7 @@ def disjunction(*formulas: Formula) -> Formula:
     return _connect(formulas, Or, And)
 
 
-def _connect(formulas: Iterable[Formula], same: type, dual: type) -> Formula:
+def _connect(formulas: Iterable[Formula], same: type[And | Or], dual: type[And | Or]) -> Formula:
     """Builds And (or Or), absorbing: `a ∧ (a ∨ b)` is `a`, `a ∧ (¬a ∨ b)` is `a ∧ b`, `a ∧ ¬a` is false."""
     flat: dict[Formula, None] = {}
     for formula in formulas:
@@ -101,7 +101,8 @@ def atom(relation: Relation, expression: sympy.Expr) -> Formula:
         return truth(decided)
     if not is_exact(expression):
         return Atom(relation, expression)
-    scale = sympy.ilcm(*(c.q for c in expression.as_coefficients_dict().values() if c.is_Rational), 1)
+    coefficients = map(sympy.sympify, expression.as_coefficients_dict().values())
+    scale = sympy.ilcm(*(c.q for c in coefficients if isinstance(c, sympy.Rational)), 1)
     if scale != 1:
         expression = sympy.expand(expression * scale)
     if not expression.is_integer:

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from nsa_compile.passes.emission import Emitter
 from nsa_compile.passes.metadata import recorded_value, tensor_of
 from nsa_compile.passes.predicate.tensor import size_expression
+from nsa_compile.passes.predicate.terms import arguments_of
 
 # Name -> what to call in an exported graph; Dynamo's graphs call torch's function of the same name.
 _ATEN: dict[str, Any] = {
@@ -96,7 +97,7 @@ class HeldSizes:
         if expression.is_Integer or self.node(expression, before) or self.dimension(expression, before):
             return True
         known = expression.func.__name__ in _SIZE_OPERATIONS
-        return known and all(self.can_compute(part, before) for part in expression.args)
+        return known and all(self.can_compute(part, before) for part in arguments_of(expression))
 
 
 class GraphBuilder:
@@ -194,7 +195,7 @@ class GraphBuilder:
         if held is not None:
             return self._add(torch.ops.aten.sym_size.int if self._is_exported else torch.Tensor.size, held, {})
         target = _SIZE_OPERATIONS[expression.func.__name__]
-        parts = [self.size(part) for part in expression.args]
+        parts = [self.size(part) for part in arguments_of(expression)]
         result = parts[0]
         for part in parts[1:]:
             result = self._add(target, (result, part), {})

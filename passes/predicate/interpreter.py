@@ -187,10 +187,13 @@ class Interpreter:
             cause = "it comes from outside the graph" if outside else f"the prover does not know {target_name(node)}"
             return leaf_tensor(self._make_leaf(source, cause))
         try:
-            value = self._apply(operation, self._call(source, _result(node).dtype), source)
+            recorded = _result(node)
+            if recorded is None:
+                raise UnknownError("the graph does not record what it makes")
+            value = self._apply(operation, self._call(source, recorded.dtype), source)
             if size_of(value.value) > _LARGEST:
                 raise UnknownError("its value depends on too many conditions")
-            if value.rank != _result(node).dim():
+            if value.rank != recorded.dim():
                 raise UnknownError("its shape is not the one that the graph records")
         except UnknownError as error:
             return leaf_tensor(self._make_leaf(source, str(error)))
@@ -294,7 +297,7 @@ class Interpreter:
         name = ".".join(part for part in (source.scope.path, node.name, state) if part)
         leaf = Leaf(
             name=name,
-            node=node.args[0] if target_name(node) == "setitem" else node,
+            node=_changed(node),
             written_by=written_by,
             scope=source.scope,
             dtype=result.dtype,
@@ -308,8 +311,13 @@ class Interpreter:
         return leaf
 
 
+def _changed(node: fx.Node) -> fx.Node:
+    """The node whose tensor an assignment to elements changes; any other node itself."""
+    if target_name(node) in ("setitem", "__setitem__") and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return node
+
+
 def _result(node: fx.Node) -> torch.Tensor | None:
     """The tensor that the node makes or, for an assignment to elements, changes."""
-    if target_name(node) in ("setitem", "__setitem__") and isinstance(node.args[0], fx.Node):
-        return tensor_of(node.args[0])
-    return tensor_of(node)
+    return tensor_of(_changed(node))

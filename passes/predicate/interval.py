@@ -10,7 +10,7 @@ and everything else is refused.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -208,7 +208,7 @@ class _Reader:
             return None
         coefficient = coefficient_of(KEY, expression)
         rest = expression - coefficient * KEY
-        if coefficient.is_Integer and coefficient != 0 and not rest.has(KEY):
+        if isinstance(coefficient, sympy.Integer) and coefficient != 0 and not rest.has(KEY):
             return _plain_limits(conjunct.relation, coefficient, rest)
         if QUERY not in expression.free_symbols:
             return None
@@ -259,7 +259,7 @@ class _Reader:
         """
         ahead = QUERY + self.sizes.keys - self.sizes.queries
         at_ends = ({QUERY: sympy.Integer(0)}, {QUERY: self.sizes.queries - 1})
-        causal = [b for b in self.last if _is_causal(b)]
+        causal = [bound for bound in self.last if _is_causal(bound)]
         if not causal:
             return Refusal(Reason.BIDIRECTIONAL, "nothing in the mask keeps a query from the keys after itself")
         for ends in at_ends:
@@ -318,7 +318,7 @@ class _Reader:
         return any(is_last and _is_causal(bound) for bound, is_last in limits)
 
 
-def _is_causal(bound: Bound) -> bool:
+def _is_causal(bound: Bound) -> TypeGuard[Limit]:
     """Whether the bound moves with the query (a maximum with something else may let it see the future)."""
     return isinstance(bound, Limit) and QUERY in bound.position.free_symbols and not bound.position.has(sympy.Max)
 

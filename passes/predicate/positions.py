@@ -12,7 +12,7 @@ from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder
 from nsa_compile.passes.predicate.interval import Sizes
 from nsa_compile.passes.predicate.tensor import B_INDEX, QUERY, Leaf, size_expression
-from nsa_compile.passes.predicate.terms import And, Atom, Cast, Formula, Not, Or, Relation
+from nsa_compile.passes.predicate.terms import And, Atom, Cast, Formula, Not, Or, Relation, arguments_of
 
 # A size, or a tensor node `[B|1, N|1]`.
 Operand = int | float | fx.Node
@@ -62,19 +62,20 @@ class Positions:
             data = self._data(expression)
             return builder.convert(data, torch.int32) if builder.value(data).dtype == torch.bool else data
         if isinstance(expression, Cast):
-            inner = self.expression(expression.args[0])
+            inner = self.tensor(arguments_of(expression)[0])
             return builder.convert(inner, getattr(torch, str(expression.args[1])))
         if isinstance(expression, sympy.floor):
-            numerator, denominator = sympy.fraction(sympy.together(expression.args[0]))
+            numerator, denominator = sympy.fraction(sympy.together(arguments_of(expression)[0]))
             return builder.call("floor_divide", self.tensor(numerator), self.expression(denominator))
         if isinstance(expression, sympy.Mod):
-            return builder.call("remainder", self.tensor(expression.args[0]), self.expression(expression.args[1]))
+            dividend, divisor = arguments_of(expression)
+            return builder.call("remainder", self.tensor(dividend), self.expression(divisor))
         if isinstance(expression, sympy.Abs):
-            return builder.call("abs", self.tensor(expression.args[0]))
+            return builder.call("abs", self.tensor(arguments_of(expression)[0]))
         if isinstance(expression, (sympy.Max, sympy.Min)):
             return self._extreme(expression)
         if isinstance(expression, sympy.Mul):
-            operands = [self.expression(factor) for factor in expression.args]
+            operands = [self.expression(factor) for factor in arguments_of(expression)]
             operands.sort(key=lambda operand: not _is_tensor(operand))
             result = operands[0]
             for operand in operands[1:]:
@@ -115,7 +116,7 @@ class Positions:
 
     def _extreme(self, expression: sympy.Expr) -> Operand:
         builder = self._builder
-        operands = sorted(map(self.expression, expression.args), key=lambda operand: not _is_tensor(operand))
+        operands = sorted(map(self.expression, arguments_of(expression)), key=lambda operand: not _is_tensor(operand))
         result = operands[0]
         is_maximum = isinstance(expression, sympy.Max)
         for operand in operands[1:]:
@@ -129,8 +130,9 @@ class Positions:
         """A leaf's values at an index, as `[B|1, N|1]`."""
         leaf = self._leaf(application.func.__name__)
         node = self._read(leaf)
-        view = self._view(node, leaf, application.args)
-        return self._gather(node, leaf, application.args) if view is None else view
+        index = arguments_of(application)
+        view = self._view(node, leaf, index)
+        return self._gather(node, leaf, index) if view is None else view
 
     def _view(self, node: fx.Node, leaf: Leaf, index: tuple[sympy.Expr, ...]) -> fx.Node | None:
         """The leaf's values by views alone, where the index is batch, position and constants."""
@@ -138,7 +140,7 @@ class Positions:
         kept: list[sympy.Symbol] = []
         steps: list[tuple[Any, ...]] = []
         for dim, (place, size) in enumerate(zip(index, leaf.shape, strict=True)):
-            offset = sympy.expand(place - self._position)
+            offset: sympy.Expr = sympy.expand(place - self._position)
             if place == B_INDEX and size == sizes.batch and B_INDEX not in kept:
                 kept.append(B_INDEX)
             elif not offset.free_symbols & {B_INDEX, self._position} and not offset.atoms(AppliedUndef):
@@ -147,7 +149,7 @@ class Positions:
                     return None
                 kept.append(self._position)
                 if offset != 0 or size != self._length:
-                    steps.append(("narrow", dim, builder.size(offset), builder.size(self._length)))
+                    steps.append(("narrow", dim, builder.size(sympy.sympify(offset)), builder.size(self._length)))
             elif not place.free_symbols & {B_INDEX, self._position} and not place.atoms(AppliedUndef):
                 steps.append(("select", dim, builder.size(place)))
             else:

@@ -8,7 +8,7 @@ so negations remain only around `=`.  Floating-point data may be NaN: there nega
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -16,6 +16,16 @@ from sympy.core.symbol import Str
 
 # Symbol or application -> what stands in its place.
 Substitution = Mapping[Any, Any]
+
+
+def arguments_of(expression: sympy.Basic) -> tuple[sympy.Expr, ...]:
+    """An expression's arguments; sympy declares them as less than the expressions that they are."""
+    return cast("tuple[sympy.Expr, ...]", expression.args)
+
+
+def symbols_of(expression: sympy.Basic) -> set[sympy.Symbol]:
+    """An expression's free symbols; sympy declares them as less than the symbols that they are."""
+    return cast("set[sympy.Symbol]", expression.free_symbols)
 
 
 class UnknownError(Exception):

@@ -31,6 +31,7 @@ class _Driver:
     """What Triton's compiler asks of a driver."""
 
     def __init__(self, capability: int) -> None:
+        self._capability = capability
         self._target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
@@ -38,7 +39,7 @@ class _Driver:
 
     def get_current_device(self) -> int:
         # Triton keeps one target for each device number as long as the process lives.
-        return self._target.arch
+        return self._capability
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0

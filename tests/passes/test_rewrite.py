@@ -249,7 +249,7 @@ def test_exported_attention_that_is_the_output_keeps_its_name(rewriting):
     outputs = [spec.arg.name for spec in exported.graph_signature.output_specs]
     rewrite(exported.graph_module, rewriting.covering)
     exported.validate()
-    assert [node.name for node in exported.graph.output_node().args[0]] == outputs
+    assert [node.name for node in exported.graph.output_node().all_input_nodes] == outputs
     torch.testing.assert_close(exported.module()(*example), Program()(*example), rtol=1e-4, atol=2e-5)
 
 

@@ -115,7 +115,7 @@ def test_symbolic_scale_becomes_a_number(rewriting):
     outcome = rewriting.rewrite(Scaled(0.3), *tensors(), dynamic=True)
     # Dynamo may call a backend more than once for one compilation.
     outcome.assert_rewritten(len(outcome.graphs))
-    assert outcome.decisions[-1].scale == 0.3
+    assert outcome.decisions[-1].replacement.scale == 0.3
 
 
 DECLINED = {
