@@ -10,10 +10,11 @@ Reference: arXiv 2502.11089, eqs 5 and 7.
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 from torch.nn import functional
 
 from nsa_compile.errors import NotRewrittenError, ShapeError
-from nsa_compile.kernels.compression import count_compressed, iterate_neighbours
+from nsa_compile.kernels.compression import count_compressed, iterate_neighbours, mean_compress
 
 
 def gates(
@@ -138,6 +139,7 @@ def _fake_bind(parts: list[Tensor], originals: list[Tensor], description: str) -
 
 
 _SCHEMAS = {
+    "compress_mean": "(Tensor tokens, *, int block_length, int block_stride) -> Tensor",
     "gates": "(Tensor hidden_states, Tensor hidden_weight, Tensor hidden_bias, Tensor output_weight, "
     "Tensor output_bias) -> Tensor",
     "compress_linear": "(Tensor tokens, Tensor weight, *, int block_length, int block_stride) -> Tensor",
@@ -146,13 +148,17 @@ _SCHEMAS = {
 }
 
 
+_IMPLEMENTATIONS = {
+    "gates": gates,
+    "compress_mean": mean_compress,
+    "compress_linear": compress_linear,
+    "compress_mlp": compress_mlp,
+}
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library("nsa", "FRAGMENT")
-    for name, implementation in (
-        ("gates", gates),
-        ("compress_linear", compress_linear),
-        ("compress_mlp", compress_mlp),
-    ):
+    for name, implementation in _IMPLEMENTATIONS.items():
         library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
         library.impl(name, implementation, "CompositeImplicitAutograd")
     # The marker: hands a module's learned parts to the pass that rewrites the module's attention, and is erased.
@@ -162,8 +168,8 @@ def _register() -> torch.library.Library:
     library.impl("bind", _refuse_to_run, "CompositeExplicitAutograd")
     torch.library.register_fake("nsa::bind", _fake_bind, lib=library)
     # Nothing reads what it gives; tracers and compilers must not drop it.
-    torch.fx.node.has_side_effect(torch.ops.nsa.bind.default)
-    torch.fx.node.has_side_effect(torch.ops.nsa.bind)
+    has_side_effect(torch.ops.nsa.bind.default)
+    has_side_effect(torch.ops.nsa.bind)
     return library
 
 

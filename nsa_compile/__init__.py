@@ -1,6 +1,7 @@
 """Native Sparse Attention for torch.compile: `torch.compile(model, backend=nsa_backend)`."""
 
 from nsa_compile import errors
+from nsa_compile.attach import attach, detach, learned_parts
 from nsa_compile.backend import NSABackend, collect_reports, nsa_backend
 from nsa_compile.config import NSAConfig
 from nsa_compile.errors import NSAError
@@ -16,6 +17,9 @@ __all__ = [
     "nsa_attention",
     "rewrite",
     "explain",
+    "attach",
+    "detach",
+    "learned_parts",
     "collect_reports",
     "RewriteReport",
     "SiteReport",

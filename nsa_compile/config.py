@@ -47,7 +47,8 @@ class NSAConfig:
         branch_kv: "shared": one key and value projection for all branches.  "independent": one for each
             (the paper's choice; needs learned parts).
         min_keys: a site with fewer keys than this stays dense.  "auto": `num_selected * selection_block`,
-            where joint NSA equals dense attention anyway.
+            where joint NSA equals dense attention anyway, and 0 in gated mode, which is no
+            approximation of dense attention.
 
     Raises:
         ConfigError: a field, or a combination of fields, is not one that NSA is defined for.
@@ -102,7 +103,9 @@ class NSAConfig:
     @property
     def min_keys_resolved(self) -> int:
         """The number of keys from which a site is rewritten, with "auto" worked out."""
-        return self.num_selected * self.selection_block if self.min_keys == "auto" else self.min_keys
+        if self.min_keys != "auto":
+            return self.min_keys
+        return self.num_selected * self.selection_block if self.combine == "joint" else 0
 
     def replace(self, **changes: Any) -> "NSAConfig":
         """Returns a copy with some fields changed.

@@ -29,6 +29,7 @@ class SiteReport:
         nodes: names of the nodes at fault.
         stack_trace: the user's source lines that made the node.
         graph: index of the graph that holds it, in order of capture.
+        learned: the learned parts that it uses, such as "gates, mlp compression"; "" for none.
     """
 
     module: str
@@ -44,10 +45,26 @@ class SiteReport:
     nodes: tuple[str, ...] = ()
     stack_trace: str = ""
     graph: int = 0
+    learned: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as values that JSON takes."""
         return {**dataclasses.asdict(self), "shapes": dict(self.shapes)}
+
+
+@dataclasses.dataclass(frozen=True)
+class UnusedParts:
+    """Learned parts of a module that no attention of the graph uses: the module runs dense.
+
+    Attributes:
+        module: dotted name of the module.
+        reason: name of the `Reason` why its attention is declined; "" where it has none in the graph.
+        sentence: that in words.
+    """
+
+    module: str
+    reason: str
+    sentence: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +91,14 @@ class RewriteReport:
         sites: every attention found, in order of execution within a graph.
         graphs: every graph; more than one where Dynamo breaks the model.
         notes: what else a reader should know about the result.
+        unused_parts: learned parts that are attached and not used.
     """
 
     config: NSAConfig
     sites: tuple[SiteReport, ...] = ()
     graphs: tuple[GraphReport, ...] = ()
     notes: tuple[str, ...] = ()
+    unused_parts: tuple[UnusedParts, ...] = ()
 
     def with_note(self, note: str) -> "RewriteReport":
         """Returns the report with a note added."""

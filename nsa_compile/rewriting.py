@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import fx
 from nsa_compile.config import NSAConfig
 from nsa_compile.errors import ConfigError, InternalError, NSAError, UnsupportedGraphError
 from nsa_compile.passes.find import find_sites
+from nsa_compile.passes.learned import find_markers
 from nsa_compile.passes.metadata import propagate_shapes
-from nsa_compile.passes.plan import Decision, plan_rewrite
+from nsa_compile.passes.plan import Decision, RewritePlan, plan_rewrite
 from nsa_compile.passes.rewrite import apply_plan
 from nsa_compile.passes.sites import Shape
-from nsa_compile.report import GraphReport, RewriteReport, SiteReport
+from nsa_compile.report import GraphReport, RewriteReport, SiteReport, UnusedParts
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +78,10 @@ def rewrite_graph(
     """
     before = readable(graph_module) if keep_code else ""
     try:
-        plan = plan_rewrite(find_sites(graph_module), config)
+        plan = plan_rewrite(find_sites(graph_module), config, markers=find_markers(graph_module))
         # The nodes are named as they were before: rewriting erases them.
         sites = tuple(map(_site_report, plan.decisions))
+        unused = _unused_parts(plan)
         apply_plan(graph_module, plan)
     except NSAError:
         raise
@@ -89,8 +92,9 @@ def rewrite_graph(
             "nsa_compile, not of the model; please report it with the output of TORCH_LOGS='+nsa_compile'.  "
             "torch.compile(model) compiles the model without NSA."
         ).with_traceback(error.__traceback__) from error
-    after = readable(graph_module) if keep_code and plan.replacements else before
-    return RewriteReport(config, sites, (GraphReport(before, after, break_reason),), _notes(config, sites))
+    after = readable(graph_module) if keep_code and (plan.replacements or plan.markers) else before
+    graphs = (GraphReport(before, after, break_reason),)
+    return RewriteReport(config, sites, graphs, _notes(config, sites, unused), unused)
 
 
 def check_config(config: NSAConfig | None) -> NSAConfig:
@@ -114,7 +118,8 @@ def join_reports(config: NSAConfig, reports: Sequence[RewriteReport]) -> Rewrite
         dataclasses.replace(site, graph=index) for index, report in enumerate(reports) for site in report.sites
     )
     graphs = tuple(graph for report in reports for graph in report.graphs)
-    return RewriteReport(config, sites, graphs, _notes(config, sites))
+    unused = tuple(parts for report in reports for parts in report.unused_parts)
+    return RewriteReport(config, sites, graphs, _notes(config, sites, unused), unused)
 
 
 def readable(graph_module: fx.GraphModule) -> str:
@@ -137,15 +142,48 @@ def _site_report(decision: Decision) -> SiteReport:
         node=place.node.name,
         nodes=tuple(node.name for node in rejection.nodes) if rejection else (),
         stack_trace=place.stack_trace,
+        learned=_learned_text(decision),
     )
+
+
+def _learned_text(decision: Decision) -> str:
+    replacement = decision.replacement
+    if replacement is None or replacement.learned is None:
+        return ""
+    config = replacement.config
+    branches = "; keys and values for each branch" if config.branch_kv == "independent" else ""
+    return f"gates; {config.compression} compression{branches}"
+
+
+def _unused_parts(plan: RewritePlan) -> tuple[UnusedParts, ...]:
+    """Says why learned parts are not used, for each marker whose attention is declined or is not there."""
+    unused = []
+    for marker in plan.unused_markers:
+        declined = [each.rejection for each in plan.decisions if each.marker is marker and each.rejection is not None]
+        reason = declined[0].reason.name if declined else ""
+        sentence = declined[0].sentence if declined else "No attention of this module was found in its graph."
+        unused.append(UnusedParts(marker.module, reason, sentence))
+    return tuple(unused)
 
 
 def _shape_text(shape: Shape) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def _notes(config: NSAConfig, sites: Iterable[SiteReport]) -> tuple[str, ...]:
-    if config.combine != "joint" or all(site.decision == "declined" for site in sites):
+def _notes(config: NSAConfig, sites: Iterable[SiteReport], unused: Iterable[UnusedParts]) -> tuple[str, ...]:
+    learned = Counter(site.learned for site in sites if site.learned)
+    return (
+        *_joint_notes(config, sites),
+        *(f"{count} with learned parts, by their own configuration: {parts}" for parts, count in learned.items()),
+        *(
+            f"the learned parts of {each.module or 'the model'} are not used: {each.reason} {each.sentence}"
+            for each in unused
+        ),
+    )
+
+
+def _joint_notes(config: NSAConfig, sites: Iterable[SiteReport]) -> tuple[str, ...]:
+    if config.combine != "joint" or all(site.decision == "declined" or site.learned for site in sites):
         return ()
     blocks, size = config.num_selected, config.selection_block
     equal = (

@@ -79,12 +79,31 @@ class Emitter:
             shape: `[B, H, T, D_v]`, the output's shape; it is contiguous.
             dtype: the output's.
         """
-        query = tensor_of(tensors[0])
+        return self.operator(torch.ops.nsa.attention.default, tensors, attributes, shape, dtype)
+
+    def operator(
+        self,
+        target: Any,
+        tensors: Sequence[fx.Node],
+        attributes: Mapping[str, Any],
+        shape: Shape,
+        dtype: torch.dtype | None = None,
+    ) -> fx.Node:
+        """Emits an operator whose result is new.
+
+        Args:
+            target: the operator.
+            tensors: its tensors, by position.
+            attributes: its other arguments, by name.
+            shape: the result's shape; it is contiguous.
+            dtype: the result's dtype; None for that of the first tensor.
+        """
+        like = tensor_of(tensors[0])
         value = None
-        if self._mode is not None and query is not None:
+        if self._mode is not None and like is not None:
             with self._mode, torch.no_grad():
-                value = query.new_empty(shape, dtype=dtype)
-        return self.call(torch.ops.nsa.attention.default, tuple(tensors), dict(attributes), value)
+                value = like.new_empty(shape, dtype=dtype)
+        return self.call(target, tuple(tensors), dict(attributes), value)
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
         """Emits a call whose result is recorded as `value`."""

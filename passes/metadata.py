@@ -158,6 +158,11 @@ def owner_of(node: fx.Node) -> tuple[str, str]:
     return dotted_name(path), class_name.rsplit(".", 1)[-1]
 
 
+def scope_path(node: fx.Node) -> tuple[str, ...]:
+    """Returns the dotted names of the modules that a node was traced in, outermost first."""
+    return tuple(dotted_name(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values())
+
+
 def dotted_name(path: str) -> str:
     """Turns a tracer's path, "L['self'].model.layers.0" or "L['self'].layers[0]", into "model.layers.0"."""
     root = re.match(r"[A-Z]\['[^']*'\]\.?", path)

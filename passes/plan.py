@@ -12,11 +12,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, s
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.passes.dataflow import ActivationFlow, Relation
+from nsa_compile.passes.learned import LearnedParts, LearnedPartsReader, Marker
 from nsa_compile.passes.mask import MaskProver, VisibleKeys
 from nsa_compile.passes.metadata import device_of, dtype_of, number_of, recorded_value, same_size
 from nsa_compile.passes.predicate.interpreter import ConstantReader
 from nsa_compile.passes.scopes import is_extensible, outward
-from nsa_compile.passes.sites import AttentionSite, Place, Reason, Rejection, Size
+from nsa_compile.passes.sites import AttentionSite, Place, Reason, Rejection, Scope, Size
 
 # Largest head size that the GPU kernels keep in registers and shared memory.
 MAX_HEAD_SIZE = 256
@@ -34,11 +35,15 @@ class Replacement:
         site: the attention.
         scale: factor of the scores, as a number; None for 1/sqrt(D).
         visible: the keys that each query sees.
+        config: the configuration of NSA.
+        learned: the learned parts; None for what has none.
     """
 
     site: AttentionSite
     scale: float | None
     visible: VisibleKeys
+    config: NSAConfig
+    learned: LearnedParts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Decision:
         proof: how that was proved, a sentence for each part.
         replacement: what it is replaced by; None where it stays as it is.
         rejection: why it stays as it is; None where it is rewritten.
+        marker: what binds the learned parts of its module; None where none are attached.
     """
 
     place: Place
@@ -60,6 +66,7 @@ class Decision:
     proof: tuple[str, ...] = ()
     replacement: Replacement | None = None
     rejection: Rejection | None = None
+    marker: Marker | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +76,13 @@ class RewritePlan:
     Attributes:
         config: the configuration that the rewritten sites get.
         decisions: one for each attention, in order.
+        markers: all markers of the graph; the rewrite erases them.
         prover: what proved the masks; it knows how to compute visible keys in the graph.
     """
 
     config: NSAConfig
     decisions: tuple[Decision, ...]
+    markers: tuple[Marker, ...]
     prover: MaskProver = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -81,9 +90,23 @@ class RewritePlan:
         """The attentions that become NSA."""
         return tuple(decision.replacement for decision in self.decisions if decision.replacement is not None)
 
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The graphs that the rewrite changes."""
+        return tuple(each.scope for each in (*(replacement.site for replacement in self.replacements), *self.markers))
+
+    @property
+    def unused_markers(self) -> tuple[Marker, ...]:
+        """The markers whose learned parts no attention uses."""
+        used = [each.learned.marker.node for each in self.replacements if each.learned is not None]
+        return tuple(marker for marker in self.markers if marker.node not in used)
+
 
 def plan_rewrite(
-    found: Sequence[AttentionSite | Rejection], config: NSAConfig, read_constant: ConstantReader | None = None
+    found: Sequence[AttentionSite | Rejection],
+    config: NSAConfig,
+    read_constant: ConstantReader | None = None,
+    markers: Sequence[Marker] = (),
 ) -> RewritePlan:
     """Decides for each attention whether it becomes NSA.
 
@@ -92,39 +115,48 @@ def plan_rewrite(
 
     Args:
         found: what `find_sites` returned.
-        config: the configuration to rewrite for.
+        config: the configuration to rewrite for; what has learned parts is rewritten for theirs.
         read_constant: gives the values of tensors that nothing can change unnoticed, as `MaskProver` wants it.
+        markers: what `find_markers` returned.
 
     Returns:
         The plan, a decision for each of `found`.
     """
     prover = MaskProver(read_constant)
-    policy = _Policy(config, prover)
-    return RewritePlan(config, tuple(policy.decide(each) for each in found), prover)
+    policy = _Policy(config, prover, LearnedPartsReader(found, markers))
+    return RewritePlan(config, tuple(policy.decide(each) for each in found), tuple(markers), prover)
 
 
 class _Policy:
-    def __init__(self, config: NSAConfig, prover: MaskProver) -> None:
+    def __init__(self, config: NSAConfig, prover: MaskProver, learned: LearnedPartsReader) -> None:
         self._config = config
         self._prover = prover
+        self._learned = learned
         self._flows: dict[fx.GraphModule, ActivationFlow] = {}
 
     def decide(self, found: AttentionSite | Rejection) -> Decision:
         if isinstance(found, Rejection):
             if found.place is None:
                 raise ValueError(f"a rejection without a place is no finding: {found.sentence}")
-            return Decision(found.place, rejection=found)
+            return Decision(found.place, rejection=found, marker=self._learned.marker_of(found.place.node))
+        marker = self._learned.marker_of(found.node)
         visible = self._prover.visible_keys(found)
         if isinstance(visible, Rejection):
-            return _declined(Decision(found.place, found), found, self._explained(found, visible))
-        replacement = Replacement(found, _scale(found), visible)
-        decision = Decision(found.place, found, visible.describe(), visible.proof)
+            return _declined(Decision(found.place, found, marker=marker), found, self._explained(found, visible))
+        replacement = Replacement(found, _scale(found), visible, marker.config if marker else self._config)
+        decision = Decision(found.place, found, visible.describe(), visible.proof, marker=marker)
         rejection = (
             self._not_causal(found)
             or _not_reachable(replacement)
             or _not_supported(replacement)
-            or self._not_wanted(found)
+            or _not_wanted(replacement, has_gates=marker is not None)
         )
+        if rejection is None and marker is not None:
+            learned = self._learned.read(found, marker)
+            if isinstance(learned, Rejection):
+                rejection = learned
+            else:
+                replacement = dataclasses.replace(replacement, learned=learned)
         if rejection is not None:
             return _declined(decision, found, rejection)
         return dataclasses.replace(decision, replacement=replacement)
@@ -150,14 +182,6 @@ class _Policy:
             return None
         sentence = f"Keys ({site.key.node}) come from another sequence than queries ({site.query.node})."
         return Rejection(Reason.CROSS_ATTENTION, sentence, (site.query.node, site.key.node))
-
-    def _not_wanted(self, site: AttentionSite) -> Rejection | None:
-        if self._config.combine == "gated":
-            return Rejection(Reason.NO_GATES, f"No gates are attached to {site.place.module or 'the model'}.")
-        least = self._config.min_keys_resolved
-        if not is_at_least(site.key_length, least):
-            return Rejection(Reason.TOO_SHORT, f"{site.key_length} keys are fewer than min_keys={least}.")
-        return None
 
 
 def _declined(decision: Decision, site: AttentionSite, rejection: Rejection) -> Decision:
@@ -191,6 +215,16 @@ def _not_supported(replacement: Replacement) -> Rejection | None:
         return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, "The head size is not known before the graph runs.")
     if device == "cuda" and max(sizes) > MAX_HEAD_SIZE:
         return Rejection(Reason.UNSUPPORTED_HEAD_SIZE, f"A head size of {max(sizes):g} is above {MAX_HEAD_SIZE}.")
+    return None
+
+
+def _not_wanted(replacement: Replacement, *, has_gates: bool) -> Rejection | None:
+    site, config = replacement.site, replacement.config
+    if config.combine == "gated" and not has_gates:
+        return Rejection(Reason.NO_GATES, f"No gates are attached to {site.place.module or 'the model'}.")
+    least = config.min_keys_resolved
+    if not is_at_least(site.key_length, least):
+        return Rejection(Reason.TOO_SHORT, f"{site.key_length} keys are fewer than min_keys={least}.")
     return None
 
 

@@ -1,4 +1,4 @@
-"""The only step that changes a graph: the sites of a plan become `torch.ops.nsa.attention`."""
+"""The only step that changes a graph: the sites of a plan become `torch.ops.nsa.attention`, its markers go."""
 
 from collections.abc import Hashable
 
@@ -6,6 +6,7 @@ from torch import fx
 
 from nsa_compile.passes.bodies import bring_in, take_out
 from nsa_compile.passes.emission import Emitter, erase_dead
+from nsa_compile.passes.learned_emission import emit_learned
 from nsa_compile.passes.metadata import device_of
 from nsa_compile.passes.plan import Replacement, RewritePlan
 from nsa_compile.passes.predicate.emission import EmittedInterval
@@ -26,7 +27,7 @@ def apply_plan(graph_module: fx.GraphModule, plan: RewritePlan) -> fx.GraphModul
     Returns:
         `graph_module`.
     """
-    if plan.replacements:
+    if plan.replacements or plan.markers:
         _Rewrite(graph_module, plan).apply()
     return graph_module
 
@@ -44,14 +45,15 @@ class _Rewrite:
         self._note_scope(Scope(graph_module))
 
     def apply(self) -> None:
-        for replacement in self._plan.replacements:
-            self._note_scope(replacement.site.scope)
+        for scope in self._plan.scopes:
+            self._note_scope(scope)
         # All intervals first: rewriting erases nodes that a later interval may still want to read.
         for key, anchor, replacement in self._first_users():
             device = device_of(replacement.site.query.node)
             self._intervals[key] = self._plan.prover.emit(replacement.visible, anchor, device)
         for replacement in self._plan.replacements:
             self._rewrite_site(replacement)
+        self._erase_markers()
         self._erase_orphans()
         for graph_module in self._scopes:
             graph_module.graph.lint()
@@ -87,8 +89,10 @@ class _Rewrite:
         attributes = {
             **self._visible_keys(replacement),
             "scale": replacement.scale,
-            **self._plan.config.operator_arguments(),
+            **replacement.config.operator_arguments(),
         }
+        if replacement.learned is not None:
+            attributes |= emit_learned(emitter, site, replacement.learned, tensors[1], tensors[2])
         result = emitter.attention(tensors, attributes, (*site.query.shape[:3], site.value.shape[3]), site.dtype)
         for step in site.output:
             result = emitter.step(result, step)
@@ -119,6 +123,13 @@ class _Rewrite:
         if key not in self._brought:
             self._brought[key] = bring_in(node, origin, scope)
         return self._brought[key]
+
+    def _erase_markers(self) -> None:
+        for marker in self._plan.markers:
+            # A parameter that only the marker read goes with it, where it is a body's input.
+            orphans = self._orphans.setdefault(marker.scope.graph_module, [])
+            orphans += marker.node.all_input_nodes
+            marker.scope.graph_module.graph.erase_node(marker.node)
 
     def _erase_orphans(self) -> None:
         """Erases what only the sites used, innermost bodies first: they hand a dead mask back to their callers."""

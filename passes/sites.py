@@ -49,6 +49,10 @@ class Reason(enum.Enum):
     # Policy.
     TOO_SHORT = "There are fewer keys than min_keys, where dense attention is as good."
     NO_GATES = "combine='gated' needs learned gates, and none are attached to this module."
+    # Learned parts are attached, and cannot be used here.
+    NO_HIDDEN_STATES = "The layer's input, from which gates are computed, is not found in the graph."
+    BRANCH_NOT_COPIED = "The way to the keys and values cannot be copied for branches of their own."
+    SHARED_LEARNED_PARTS = "Several attentions are in a module that has learned parts for one."
 
 
 class MaskKind(enum.Enum):
