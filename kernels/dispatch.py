@@ -18,6 +18,7 @@ _GPU_MODULE = {
     "selected_attention": "selected",
     "window_attention": "window",
     "joint_attention": "joint",
+    "joint_listed": "joint",
 }
 
 

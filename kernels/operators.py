@@ -4,13 +4,15 @@ Importing this module registers them, once.
 
 `nsa::attention` is a composite: one node in Dynamo and export graphs, and below them the calls of
 kernels/attention.py.  The others are opaque; each attention branch X has `X_backward`, an operator too.
+`joint_listed` stands only in Inductor's graphs, below autograd: the part of `joint_attention` before its last kernel.
 
 Letters and definitions: B batch, H query heads, H_kv KV heads, T queries, S keys, D and D_v head sizes,
 l `block_length`, d `block_stride`, l' `selection_block`, n `num_selected`, w `window`, N_cmp compressed tokens,
 N_blk selection blocks.
 
 Conventions of all opaque operators:
-    - Tensors may have any strides with a contiguous last dimension; results are fresh and contiguous.
+    - Tensors may have any strides with a contiguous last dimension, those of a backward any strides at all; results
+      are fresh and contiguous.
     - `first_key` and `last_key` are both None (then 0, and t if `is_causal` else S − 1) or both int32 `[B, T]`,
       contiguous; values may lie outside 0 … S − 1.  A query with first > last sees nothing.
     - Sums are float32, float64 for float64; outputs have the query's dtype.
@@ -90,7 +92,8 @@ def _register() -> torch.library.Library:
         library.define(
             f"{backward}(Tensor grad_output, Tensor query, {tensors}, Tensor output, Tensor lse, *, {attributes}) "
             "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-            tags=tags,
+            # Inductor's kernels may leave what is saved in another order of memory: copying it would undo their work.
+            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
         )
         library.impl(name, _dispatched(name, query_position=0), "CompositeExplicitAutograd")
         library.impl(backward, _dispatched(backward, query_position=1), "CompositeExplicitAutograd")
@@ -102,6 +105,11 @@ def _register() -> torch.library.Library:
         torch.library.register_autograd(
             f"nsa::{backward}", _refuse_second_derivative, setup_context=_save_nothing, lib=library
         )
+
+    tensors, attributes = _BRANCHES["joint_attention"]
+    library.define(f"joint_listed(Tensor query, {tensors}, *, {attributes}) -> (Tensor output, Tensor lse)", tags=tags)
+    library.impl("joint_listed", _dispatched("joint_listed", query_position=0), "CompositeExplicitAutograd")
+    torch.library.register_fake("nsa::joint_listed", _fake_branch, lib=library)
     return library
 
 

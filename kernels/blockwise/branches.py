@@ -4,6 +4,7 @@ Each function implements the operator of the same name; kernels/operators.py doc
 Forced blocks (`num_initial`, `num_local`) stand in the lists, and are read from there as any other.
 """
 
+import torch
 from torch import Tensor
 
 from nsa_compile.kernels.blockwise.bounds import compressed_bounds, visible_bounds, window_bounds
@@ -212,6 +213,34 @@ def joint_attention(
         window=window,
     )
     return attend(query, key, value, key_valid, scale, *parts)
+
+
+def joint_listed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    key_valid: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    selection_block: int,
+    window: int,
+    num_initial: int = 0,
+    num_local: int = 0,
+) -> Pair:
+    """Attends to the listed blocks' tokens outside what `joint_attention` reads densely."""
+    num_keys = key.shape[2]
+    lo, hi = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=num_keys)
+    dense_lo, _ = window_bounds(lo, hi, window)
+    if first_key is None and key_valid is None and is_causal:
+        local_lo = (hi.clamp_max(num_keys - 1) // selection_block - num_local + 1) * selection_block
+        dense_lo = torch.minimum(dense_lo, local_lo) if num_local else dense_lo
+        lo = lo.clamp_min(num_initial * selection_block)
+    listed = ListedBlocks(block_indices, selection_block, lo, dense_lo - 1)
+    return attend(query, key, value, key_valid, scale, listed)
 
 
 def joint_attention_backward(

@@ -1,8 +1,8 @@
-"""FlashAttention over one contiguous run of keys per query: the loop under the compressed and window branches.
+"""FlashAttention over one contiguous run of keys per query: what its passes share, and the gradients.
 
-Every branch whose keys are a contiguous range, different for each query, runs through the three kernels here:
-the forward pass, the gradient of the queries, and the gradient of keys and values.  What differs is how a token's
-visible interval becomes a range of key indices, which `key_range` computes:
+Every branch whose keys are a contiguous range, different for each query, runs through three kernels: the forward pass
+(forward.py), the gradient of the queries, and the gradient of keys and values.  What differs is how a token's visible
+interval becomes a range of key indices, which `key_range` computes:
 
 * compressed tokens: key i stands for the tokens [i·STRIDE, i·STRIDE + LENGTH);
 * sliding window: the last `window` tokens of the interval;
@@ -106,113 +106,10 @@ def tile_bounds(low, high, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def forward_step(
-    accumulator, maximum, total, query, key_ptr, value_ptr, valid_ptr, start, low, high, N, scale_log2,
-    stride_kn, stride_vn, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr, LSE_ONLY: tl.constexpr,
-    PRECISION: tl.constexpr,
+def output_dot_gradient(
+    output_ptr, grad_ptr, delta_ptr, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of the online softmax."""
-    columns = tl.arange(0, BLOCK_N)
-    keys = start + columns
-    key_base = key_ptr + tl.cast(start, tl.int64) * stride_kn
-    key = load_tile(key_base, columns, tl.arange(0, BLOCK_D), stride_kn, keys < N, D, BLOCK_D, MASKED)
-    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
-    if MASKED or HAS_VALID:
-        logits = tl.where(visible_keys(valid_ptr, keys, low, high, N, HAS_VALID, MASKED), logits, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-    if MASKED or HAS_VALID:
-        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    else:
-        reference = new_maximum
-    weights = tl.exp2(logits - reference[:, None])
-    rescale = tl.exp2(maximum - reference)
-    total = total * rescale + tl.sum(weights, 1)
-    if not LSE_ONLY:
-        accumulator = accumulator * rescale[:, None]
-        value_base = value_ptr + tl.cast(start, tl.int64) * stride_vn
-        value = load_tile(value_base, columns, tl.arange(0, BLOCK_DV), stride_vn, keys < N, DV, BLOCK_DV, MASKED)
-        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision=PRECISION)
-    return accumulator, new_maximum, total
-
-
-@triton.jit
-def flash_forward(
-    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, output_ptr, lse_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    H, T, S, N, window, local_blocks, initial, scale_log2,
-    GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Output and lse for BLOCK_M tokens of one query head."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: heaviest tiles first
-    batch = tl.program_id(1) // H
-    head = tl.program_id(1) % H
-    rows = tl.arange(0, BLOCK_M)
-    tile_start = tile * BLOCK_M
-    tokens = tile_start + rows
-    stored = tokens < T
-    first, last = token_interval(first_ptr, last_ptr, batch, tokens, T, T, S, IS_CAUSAL, HAS_INTERVAL)
-    low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
-
-    query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    query_base += tile_start.to(tl.int64) * stride_qt
-    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, stored, D, BLOCK_D, True)
-    kv_head = (head // GROUP).to(tl.int64)
-    key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head * stride_kh
-    value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head * stride_vh
-    valid_base = valid_ptr + batch.to(tl.int64) * N
-
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if HAS_INITIAL:
-        initial_high = tl.where(last >= first, tl.minimum(initial, low), 0) - 1
-        for start in range(0, tl.max(initial_high) + 1, BLOCK_N):
-            accumulator, maximum, total = forward_step(
-                accumulator, maximum, total, query, key_base, value_base, valid_base, start, rows * 0, initial_high, N,
-                scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
-            PRECISION,
-            )  # fmt: skip
-    loop_start, full_start, full_end, loop_end = tile_bounds(low, high, BLOCK_N)
-    for start in range(loop_start, full_start, BLOCK_N):
-        accumulator, maximum, total = forward_step(
-            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
-            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
-            PRECISION,
-        )  # fmt: skip
-    for start in range(full_start, full_end, BLOCK_N):
-        accumulator, maximum, total = forward_step(
-            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
-            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, LSE_ONLY,
-            PRECISION,
-        )  # fmt: skip
-    for start in range(full_end, loop_end, BLOCK_N):
-        accumulator, maximum, total = forward_step(
-            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
-            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
-            PRECISION,
-        )  # fmt: skip
-
-    columns = tl.arange(0, BLOCK_DV)
-    seen = total > 0
-    output = accumulator / tl.where(seen, total, 1.0)[:, None]
-    lse = tl.where(seen, (maximum + tl.log2(total)) * 0.6931471805599453, float("-inf"))
-    row = (batch * H + head).to(tl.int64) * T + tokens
-    if not LSE_ONLY:
-        tl.store(
-            output_ptr + row[:, None] * DV + columns[None, :], output.to(output_ptr.dtype.element_ty),
-            mask=stored[:, None] & (columns < DV)[None, :],
-        )  # fmt: skip
-    tl.store(lse_ptr + row, lse, mask=stored)
-
-
-@triton.jit
-def output_dot_gradient(output_ptr, grad_ptr, delta_ptr, stride_gb, stride_gh, stride_gt, H, T,
-                        DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
     """Delta = Σ_dv output · grad_output for each row: what the softmax's backward subtracts."""
     batch = tl.program_id(1) // H
     head = tl.program_id(1) % H
@@ -220,7 +117,8 @@ def output_dot_gradient(output_ptr, grad_ptr, delta_ptr, stride_gb, stride_gh, s
     columns = tl.arange(0, BLOCK_DV)
     mask = (tokens < T)[:, None] & (columns < DV)[None, :]
     row = tl.program_id(1).to(tl.int64) * T + tokens
-    output = tl.load(output_ptr + row[:, None] * DV + columns[None, :], mask=mask, other=0.0)
+    output_base = output_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    output = tl.load(output_base + tokens.to(tl.int64)[:, None] * stride_ot + columns[None, :], mask=mask, other=0.0)
     grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
     grad = tl.load(grad_base + tokens.to(tl.int64)[:, None] * stride_gt + columns[None, :], mask=mask, other=0.0)
     tl.store(delta_ptr + row, tl.sum(output.to(tl.float32) * grad.to(tl.float32), 1), mask=tokens < T)

@@ -38,6 +38,32 @@ def joint_attention(
     return listed_forward(query, key, value, block_indices, intervals, geometry, scale)
 
 
+def joint_listed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    key_valid: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    selection_block: int,
+    window: int,
+    num_initial: int = 0,
+    num_local: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The share of `joint_attention` that its last kernel starts from: listed blocks outside the densely read keys.
+
+    Returns:
+        output [B, H, T, D_v], and lse [B, H, T] float32, natural logarithm, −inf where nothing is visible.
+    """
+    intervals = Intervals(first_key, last_key, key_valid, is_causal)
+    geometry = _geometry(intervals, key.shape[2], selection_block, window, num_initial, num_local)
+    return listed_forward(query, key, value, block_indices, intervals, geometry, scale, with_range=False)
+
+
 def joint_attention_backward(
     grad_output: Tensor,
     query: Tensor,

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import flash
+from nsa_compile.kernels.gpu import flash, forward, tiles
 
 LOG2_E = math.log2(math.e)
 
@@ -58,7 +58,7 @@ class Intervals(NamedTuple):
         valid = unused if self.valid is None else self.valid.contiguous().view(torch.uint8)
         if self.first is None or self.last is None:
             return unused, unused, valid
-        return self.first, self.last, valid
+        return self.first.contiguous(), self.last.contiguous(), valid
 
     def constants(self) -> dict[str, bool]:
         """The compile-time part."""
@@ -76,53 +76,13 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
 
 def head_constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int | str]:
     """Compile-time facts about the heads: group size, head sizes and their powers of two, dot precision."""
-    D, DV = query.shape[-1], value.shape[-1]
-    return {
-        "GROUP": query.shape[1] // key.shape[1],
-        "D": D,
-        "DV": DV,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-    }
-
-
-def is_hopper(tensor: Tensor) -> bool:
-    """Whether tiles may use the shared memory of a Hopper GPU (227 KB a program) rather than an Ampere's (163 KB)."""
-    return tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
-
-
-# (stage, range of keys is cut to a window) -> BLOCK_M, BLOCK_N, warps, stages: 16-bit, head size up to 128, measured on
-# an H100 (NOTES.md).
-_HOPPER_TILES = {
-    ("forward", False): (128, 128, 8, 3),
-    ("forward", True): (64, 64, 4, 3),
-    ("query_gradient", False): (128, 64, 8, 3),
-    ("query_gradient", True): (64, 64, 4, 2),
-    ("key_gradient", False): (64, 128, 8, 3),
-    ("key_gradient", True): (32, 128, 8, 3),
-}
-# Without Hopper's shared memory, or with heads up to 256: the same for both kinds of range.
-_SMALLER_TILES = {
-    ("forward", 128): (128, 64, 8, 2),
-    ("forward", 256): (64, 64, 8, 2),
-    ("query_gradient", 128): (128, 64, 8, 2),
-    ("query_gradient", 256): (64, 32, 8, 2),
-    ("key_gradient", 128): (64, 128, 8, 2),
-    ("key_gradient", 256): (32, 64, 8, 2),
-}
+    return tiles.head_sizes(query.shape[1] // key.shape[1], query.shape[-1], value.shape[-1], query.dtype)
 
 
 def tile_sizes(stage: str, geometry: KeyGeometry, query: Tensor, value: Tensor) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages of a stage: "forward", "query_gradient" or "key_gradient"."""
-    width = max(triton.next_power_of_2(query.shape[-1]), triton.next_power_of_2(value.shape[-1]))
-    if query.element_size() > 2:
-        rows, keys, warps, stages = (64, 32, 4, 2) if width <= 128 else (32, 16, 4, 1)
-    elif width <= 128 and is_hopper(query):
-        rows, keys, warps, stages = _HOPPER_TILES[stage, geometry.window + geometry.local_blocks > 0]
-    else:
-        rows, keys, warps, stages = _SMALLER_TILES[stage, 128 if width <= 128 else 256]
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    is_cut = geometry.window + geometry.local_blocks > 0
+    return tiles.tiles_for(stage, is_cut, max(query.shape[-1], value.shape[-1]), query.element_size(), query.device)
 
 
 def flash_forward(
@@ -134,6 +94,7 @@ def flash_forward(
     scale: float,
     output: Tensor | None,
     lse: Tensor,
+    has_base: bool = False,
 ) -> None:
     """Writes output [B, H, T, D_v] and lse [B, H, T].
 
@@ -148,6 +109,7 @@ def flash_forward(
         scale: factor on the logits.
         output: contiguous; written.
         lse: contiguous float32; written, natural logarithm.
+        has_base: output and lse hold an attention to other keys, and become that to both.
     """
     B, H, T, _ = query.shape
     if T == 0 or B == 0:
@@ -156,24 +118,25 @@ def flash_forward(
     grid = (triton.cdiv(T, sizes["BLOCK_M"]), B * H)
     lse_only = output is None
     output = lse if output is None else output
-    flash.flash_forward[grid](
+    forward.flash_forward[grid](
         query, key, value, *intervals.pointers(query), output, lse,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
         scale * LOG2_E,
-        HAS_INITIAL=geometry.initial > 0, LSE_ONLY=lse_only,
+        HAS_INITIAL=geometry.initial > 0, HAS_BASE=has_base, LSE_ONLY=lse_only,
         **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 
 
 def output_dot_gradient(output: Tensor, grad: Tensor) -> Tensor:
     """Σ over D_v of output · grad_output, [B, H, T] float32."""
+    output = contiguous_rows(output)
     B, H, T, DV = output.shape
     delta = output.new_empty((B, H, T), dtype=torch.float32)
     rows = 64
     if delta.numel():
         flash.output_dot_gradient[(triton.cdiv(T, rows), B * H)](
-            output, grad, delta, *grad.stride()[:3], H, T,
+            output, grad, delta, *output.stride()[:3], *grad.stride()[:3], H, T,
             DV=DV, BLOCK_DV=triton.next_power_of_2(DV), BLOCK_M=rows, num_warps=4,
         )  # fmt: skip
     return delta
@@ -274,7 +237,7 @@ def _query_ranges(
         return query
     ranges = query.new_empty((B, tiles, 2), dtype=torch.int32)
     flash.query_ranges[(tiles, B)](
-        intervals.first, intervals.last, ranges, T, geometry.num_tokens, num_keys, geometry.window,
+        *intervals.pointers(query)[:2], ranges, T, geometry.num_tokens, num_keys, geometry.window,
         geometry.local_blocks, **geometry.constants(), BLOCK_N=block, BLOCK_T=1024, num_warps=4,
     )  # fmt: skip
     return ranges
@@ -292,7 +255,8 @@ def flash_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value for a branch that is one range of keys; contiguous, in the inputs' dtype."""
-    grad = contiguous_rows(grad_output)
+    query, key, value, grad = map(contiguous_rows, (query, key, value, grad_output))
+    lse = lse.contiguous()
     delta = output_dot_gradient(output, grad)
     grad_query = query.new_empty(query.shape)
     flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)

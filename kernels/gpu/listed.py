@@ -263,7 +263,7 @@ def merge_outputs(
     NUM_LISTED: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
 ):  # fmt: skip
-    """One softmax of partial outputs [B, token, slot·SUB + sub, H, DV] and, with HAS_DENSE, the output and lse so far.
+    """One softmax of partial outputs [B, token, slot·SUB + sub, H, DV].
 
     Rows are tokens x heads of a group.  Writes output [B, H, T, DV] and lse [B, H, T], natural logarithm.
     """
@@ -282,18 +282,9 @@ def merge_outputs(
     wide = (columns < DV)[None, :]
     H = H_kv * GROUP
     target = (batch * H + heads).to(tl.int64) * T + tokens
-    if HAS_DENSE:
-        maximum = tl.load(lse_ptr + target, mask=stored, other=float("-inf")) * 1.4426950408889634
-        some = maximum > float("-inf")
-        total = tl.where(some, 1.0, 0.0)
-        accumulator = tl.load(
-            output_ptr + target[:, None] * DV + columns[None, :], mask=some[:, None] & wide, other=0.0
-        )
-        accumulator = accumulator.to(tl.float32)
-    else:
-        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     listed = blocks_ptr + (pair.to(tl.int64) * T + tokens) * NUM_LISTED
     row = (batch.to(tl.int64) * (token_end - token_start) + local) * (NUM_LISTED * SUB)
     for slot in tl.range(NUM_LISTED * SUB, num_stages=3):

@@ -1,10 +1,10 @@
 """Selected branch on CUDA, and joint attention: softmax over listed blocks, with or without the window beside them.
 
-Both are one computation (arXiv 2502.11089, equations 8-12 for the lists): a contiguous range of keys at the end of
-each query's interval goes through the flash kernels, the listed blocks before it through `listed`, and the two meet
-in one softmax.  Joint attention's range is the window; the selected branch's is its forced local blocks when
-the lists are known to hold them, else empty.  Work goes in chunks of queries, so that partial outputs stay small and a
-chunk's queries stay in L2.
+Both are one computation (arXiv 2502.11089, equations 8-12 for the lists): the listed blocks before a contiguous range
+of keys at the end of each query's interval go through `listed`; from that output the flash kernel starts on the range,
+so that all is one softmax.  Joint attention's range is the window; the selected branch's is its forced local blocks
+when the lists are known to hold them, else empty.  Work goes in chunks of queries, so that partial outputs stay small
+and a chunk's queries stay in L2.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import launch, listed
+from nsa_compile.kernels.gpu import launch, listed, tiles
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
@@ -95,7 +95,7 @@ def _sub_block(selection_block: int) -> tuple[int, int]:
 def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool) -> dict[str, int]:
     """Rows (pairs x heads), heads handled together, warps and stages of the listed kernels."""
     width = max(triton.next_power_of_2(query.shape[-1]), triton.next_power_of_2(value.shape[-1]))
-    small = query.element_size() > 2 or width > 128 or not launch.is_hopper(query)
+    small = query.element_size() > 2 or width > 128 or not tiles.is_hopper(query.device)
     rows, warps, stages = (64, 4, 1) if small else (128, 8, 2) if backward else (64, 4, 3)
     group_block = min(group, rows)
     if direct:
@@ -186,8 +186,12 @@ def listed_forward(
     intervals: Intervals,
     geometry: KeyGeometry,
     scale: float,
+    with_range: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse of one softmax over the geometry's range of keys and the listed blocks before it."""
+    """Output and lse of one softmax over the geometry's range of keys and the listed blocks before it.
+
+    Without `with_range`, over those listed blocks only.
+    """
     query, key, value = map(launch.contiguous_rows, (query, key, value))
     block_indices = block_indices.contiguous()
     B, H, T, _ = query.shape
@@ -198,8 +202,6 @@ def listed_forward(
     block_size, sub = _sub_block(geometry.selection_block)
     num_blocks = triton.cdiv(S, geometry.selection_block)
     constants = launch.head_constants(query, key, value)
-    if not geometry.empty:
-        launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
     for start, end in _chunks(query, DV, n * sub):
@@ -226,6 +228,8 @@ def listed_forward(
             listed.merge_outputs, block_indices, intervals, geometry, (start, end), sub, constants,
             partial, partial_lse, output, lse, DV=DV, BLOCK_DV=constants["BLOCK_DV"],
         )  # fmt: skip
+    if with_range and not geometry.empty:
+        launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse, has_base=True)
     return output, lse
 
 
@@ -243,7 +247,7 @@ def listed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value for `listed_forward`."""
     query, key, value, grad = map(launch.contiguous_rows, (query, key, value, grad_output))
-    block_indices = block_indices.contiguous()
+    block_indices, lse = block_indices.contiguous(), lse.contiguous()
     B, H, T, D = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
     n = block_indices.shape[-1]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nsa_compile.kernels import reference
+from nsa_compile.kernels.blockwise import branches
 from nsa_compile.kernels.compression import mean_compress
 from nsa_compile.kernels.gpu import compressed, joint, selected, selection, window
 
@@ -92,6 +93,12 @@ def run(
     compare("selected_attention", selected, (query, key, value, lists), valid, {**base, **blocks, **forced}, blocks)
     both = {**blocks, "window": 20}
     compare("joint_attention", joint, (query, key, value, lists), valid, {**base, **both, **forced}, both)
+    listed = (query, key, value, lists, first, last, valid)
+    output, lse = joint.joint_listed(*listed, **base, **both, **forced)
+    double = [each.double() if each is not None and each.is_floating_point() else each for each in listed]
+    expected, expected_lse = branches.joint_listed(*double, **base, **both, **forced)
+    errors["joint_listed"] = error(output, expected)
+    errors["joint_listed lse"] = error(lse.exp(), expected_lse.exp())
     return errors
 
 

@@ -26,10 +26,10 @@ def _compiler() -> ModuleType:
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, torch.float16), (90, torch.bfloat16)], ids=["sm_80", "sm_90"])
 def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_compile.kernels.gpu import joint, launch, selected, selection, window
+    from nsa_compile.kernels.gpu import joint, selected, selection, tiles, window
 
     compiler = _compiler()
-    monkeypatch.setattr(launch, "is_hopper", lambda tensor: capability >= 90)
+    monkeypatch.setattr(tiles, "is_hopper", lambda device: capability >= 90)
     query = torch.empty(1, 8, T, 128, dtype=dtype)
     key = torch.empty(1, 2, T, 128, dtype=dtype)
     lists = torch.empty(1, 2, T, 16, dtype=torch.int32)

@@ -84,6 +84,12 @@ def test_opcheck(draw_inputs, name, transposed, bounds):
     torch.library.opcheck(getattr(nsa, f"{name}_backward").default, backward, keywords)
 
 
+def test_opcheck_of_the_listed_share_of_joint_attention(draw_inputs):
+    inputs = draw_inputs(num_queries=40, value_size=6, requires_grad=False)
+    positional, keywords = _operator_arguments("joint_attention", inputs, "missing")
+    torch.library.opcheck(nsa.joint_listed.default, positional, keywords)
+
+
 @pytest.mark.parametrize("combine", ["joint", "gated"])
 def test_opcheck_of_the_composite(draw_inputs, combine):
     inputs = draw_inputs("holes", num_queries=40, value_size=6)

@@ -1,0 +1,150 @@
+"""Forward pass of attention over one contiguous run of keys per query, as in FlashAttention.
+
+`attend_range` is the whole computation of a tile.  Two kernels wrap it: `flash_forward` here, which eager calls launch,
+and the template (templates.py) that Inductor generates a kernel from, with what follows the attention fused behind it.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_compile.kernels.gpu.flash import key_range, load_tile, tile_bounds, token_interval, visible_keys
+
+
+@triton.jit
+def forward_step(
+    accumulator, maximum, total, query, key_ptr, value_ptr, valid_ptr, start, low, high, N, scale_log2,
+    stride_kn, stride_vn, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr, LSE_ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of the online softmax."""
+    columns = tl.arange(0, BLOCK_N)
+    keys = start + columns
+    key_base = key_ptr + tl.cast(start, tl.int64) * stride_kn
+    key = load_tile(key_base, columns, tl.arange(0, BLOCK_D), stride_kn, keys < N, D, BLOCK_D, MASKED)
+    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+    if MASKED or HAS_VALID:
+        logits = tl.where(visible_keys(valid_ptr, keys, low, high, N, HAS_VALID, MASKED), logits, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+    if MASKED or HAS_VALID:
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    else:
+        reference = new_maximum
+    weights = tl.exp2(logits - reference[:, None])
+    rescale = tl.exp2(maximum - reference)
+    total = total * rescale + tl.sum(weights, 1)
+    if not LSE_ONLY:
+        accumulator = accumulator * rescale[:, None]
+        value_base = value_ptr + tl.cast(start, tl.int64) * stride_vn
+        value = load_tile(value_base, columns, tl.arange(0, BLOCK_DV), stride_vn, keys < N, DV, BLOCK_DV, MASKED)
+        accumulator = tl.dot(weights.to(value.dtype), value, accumulator, input_precision=PRECISION)
+    return accumulator, new_maximum, total
+
+
+@triton.jit
+def attend_range(
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, base_ptr, base_lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    batch, head, tile, H, T, S, N, window, local_blocks, initial, scale_log2,
+    GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_BASE: tl.constexpr,
+    LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output [BLOCK_M, BLOCK_DV] float32 and natural-log lse [BLOCK_M] of one tile of tokens of one query head.
+
+    With HAS_BASE the softmax starts from an attention to other keys: base [B, H, T, DV] and its lse [B, H, T].
+    """
+    rows = tl.arange(0, BLOCK_M)
+    tile_start = tile * BLOCK_M
+    tokens = tile_start + rows
+    stored = tokens < T
+    first, last = token_interval(first_ptr, last_ptr, batch, tokens, T, T, S, IS_CAUSAL, HAS_INTERVAL)
+    low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
+
+    query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    query_base += tile_start.to(tl.int64) * stride_qt
+    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, stored, D, BLOCK_D, True)
+    kv_head = (head // GROUP).to(tl.int64)
+    key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head * stride_kh
+    value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head * stride_vh
+    valid_base = valid_ptr + batch.to(tl.int64) * N
+
+    if HAS_BASE:
+        row = (batch * H + head).to(tl.int64) * T + tile_start
+        maximum = tl.load(base_lse_ptr + row + rows, mask=stored, other=float("-inf")) * 1.4426950408889634
+        some = maximum > float("-inf")
+        total = tl.where(some, 1.0, 0.0)
+        accumulator = load_tile(base_ptr + row * DV, rows, tl.arange(0, BLOCK_DV), DV, some, DV, BLOCK_DV, True)
+        accumulator = accumulator.to(tl.float32)
+    else:
+        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if HAS_INITIAL:
+        initial_high = tl.where(last >= first, tl.minimum(initial, low), 0) - 1
+        for start in range(0, tl.max(initial_high) + 1, BLOCK_N):
+            accumulator, maximum, total = forward_step(
+                accumulator, maximum, total, query, key_base, value_base, valid_base, start, rows * 0, initial_high, N,
+                scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+            PRECISION,
+            )  # fmt: skip
+    loop_start, full_start, full_end, loop_end = tile_bounds(low, high, BLOCK_N)
+    for start in range(loop_start, full_start, BLOCK_N):
+        accumulator, maximum, total = forward_step(
+            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+            PRECISION,
+        )  # fmt: skip
+    for start in range(full_start, full_end, BLOCK_N):
+        accumulator, maximum, total = forward_step(
+            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, LSE_ONLY,
+            PRECISION,
+        )  # fmt: skip
+    for start in range(full_end, loop_end, BLOCK_N):
+        accumulator, maximum, total = forward_step(
+            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+            PRECISION,
+        )  # fmt: skip
+
+    seen = total > 0
+    output = accumulator / tl.where(seen, total, 1.0)[:, None]
+    lse = tl.where(seen, (maximum + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    return output, lse
+
+
+@triton.jit
+def flash_forward(
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, output_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    H, T, S, N, window, local_blocks, initial, scale_log2,
+    GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_BASE: tl.constexpr,
+    LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output and lse for BLOCK_M tokens of one query head; with HAS_BASE, added to what the two hold."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: heaviest tiles first
+    batch = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    output, lse = attend_range(
+        query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, output_ptr, lse_ptr,
+        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+        batch, head, tile, H, T, S, N, window, local_blocks, initial, scale_log2, GROUP, LENGTH, STRIDE,
+        SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_INTERVAL, HAS_VALID, HAS_INITIAL,
+        HAS_BASE, LSE_ONLY, PRECISION,
+    )  # fmt: skip
+    tokens = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_DV)
+    stored = tokens < T
+    row = tl.program_id(1).to(tl.int64) * T + tokens
+    if not LSE_ONLY:
+        tl.store(
+            output_ptr + row[:, None] * DV + columns[None, :], output.to(output_ptr.dtype.element_ty),
+            mask=stored[:, None] & (columns < DV)[None, :],
+        )  # fmt: skip
+    tl.store(lse_ptr + row, lse, mask=stored)
