@@ -6,6 +6,7 @@ from nsa_compile.backend import NSABackend, collect_reports, nsa_backend
 from nsa_compile.config import NSAConfig
 from nsa_compile.errors import NSAError
 from nsa_compile.explain import explain
+from nsa_compile.learned.storage import load_learned, save_learned
 from nsa_compile.operator import nsa_attention
 from nsa_compile.report import RewriteReport, SiteReport
 from nsa_compile.rewriting import rewrite
@@ -20,6 +21,8 @@ __all__ = [
     "attach",
     "detach",
     "learned_parts",
+    "save_learned",
+    "load_learned",
     "collect_reports",
     "RewriteReport",
     "SiteReport",

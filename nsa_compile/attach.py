@@ -74,7 +74,7 @@ def attach(
     Reference: arXiv 2502.11089, section 3.
     """
     settings = _gated(config)
-    model = _original(model)
+    model = original_module(model)
     if learned_parts(model):
         raise AttachError("the model has learned parts already; nsa_compile.detach(model) takes them off.")
     args, kwargs = _inputs(model, example_inputs)
@@ -85,7 +85,7 @@ def attach(
     for finding in _first_of_each(findings):
         attachment = Attachment(finding.module, finding.sizes, tuple(finding.originals), finding.dtype)
         add_parts(model, attachment, settings, start)
-    _set_class(model)
+    finish(model)
     return tuple(dict.fromkeys(names))
 
 
@@ -95,7 +95,7 @@ def detach(model: nn.Module) -> tuple[str, ...]:
     Returns:
         The names of the modules that had learned parts.
     """
-    model = _original(model)
+    model = original_module(model)
     names = tuple(learned_parts(model))
     for name in names:
         delattr(model.get_submodule(name), NAME)
@@ -130,6 +130,11 @@ def add_parts(model: nn.Module, attachment: Attachment, config: NSAConfig, start
     _set_class(module)
 
 
+def finish(model: nn.Module) -> None:
+    """Lets the model itself run rewritten: masks are built there, outside the attention modules."""
+    _set_class(model)
+
+
 def _set_class(module: nn.Module) -> None:
     if dense_class(module) is not None:
         return
@@ -141,7 +146,7 @@ def _set_class(module: nn.Module) -> None:
     module.__class__ = attached_class(type(module))
 
 
-def _original(model: nn.Module) -> nn.Module:
+def original_module(model: nn.Module) -> nn.Module:
     """Returns the module that was compiled, or the module itself."""
     original = compat.original_callable(model)
     if not isinstance(original, nn.Module):

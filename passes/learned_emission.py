@@ -11,6 +11,7 @@ from nsa_compile.passes.branches import copy_path, with_parameters
 from nsa_compile.passes.emission import Emitter
 from nsa_compile.passes.learned import LearnedParts
 from nsa_compile.passes.metadata import recorded_dtype
+from nsa_compile.passes.plan import is_at_least
 from nsa_compile.passes.sites import AttentionSite, Operand, Size
 
 _GATES = ("hidden.weight", "hidden.bias", "output.weight", "output.bias")
@@ -74,8 +75,8 @@ def _compress(
 
 
 def _count_compressed(num_keys: Size, config: NSAConfig) -> Size:
-    """N_cmp; for a symbolic S, that of a sequence of l tokens and more."""
-    if isinstance(num_keys, int) and num_keys < config.block_length:
+    """N_cmp: how many compressed tokens S keys make."""
+    if not is_at_least(num_keys, config.block_length):
         return 0
-    count: Any = (num_keys - config.block_length) // config.block_stride + 1
-    return count
+    strides: Any = (num_keys - config.block_length) // config.block_stride
+    return strides + 1

@@ -171,14 +171,17 @@ class _Reader:
     def _note(self, site: AttentionSite, states: Operand, parameters: list[Tensor]) -> None:
         held = {id(parameter): parameter for parameter in parameters if parameter.is_floating_point()}
         for name in (*reversed(scope_path(site.node)), ""):
-            originals = names_of(held.values(), self._model.get_submodule(name))
+            module = self._model.get_submodule(name)
+            originals = names_of(held.values(), module)
             if len(originals) == len(held):
                 break
         else:
             return
         sizes = Sizes(*map(int, (states.shape[2], site.query_heads, site.key.shape[3], site.value.shape[3])))
         dtype = next((each.dtype for each in held.values()), site.dtype)
-        self._findings.append(Finding(name, sizes, originals, dtype))
+        # A module with several names goes by its first.
+        first = next(name for name, each in self._model.named_modules() if each is module)
+        self._findings.append(Finding(first, sizes, originals, dtype))
 
 
 def _parameters(site: AttentionSite, hidden_states: fx.Node) -> list[fx.Node]:
