@@ -1,0 +1,174 @@
+"""Makes a pretrained dense model a native sparse one: attaches learned parts, trains briefly, and shows the gap close.
+
+The model is SmolLM2-135M-Instruct (see quickstart.py), the text the sources of installed packages, some of which are
+held out.  The table has the negative log-likelihood on held-out text of the dense model, of joint mode, which needs no
+training, and of gated NSA before and after training; and, since training also teaches the model this kind of text, of
+the dense model after the same steps.
+"""
+
+import argparse
+import copy
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from native_training.corpus import token_stream
+from native_training.training import next_token_loss, optimizer_for, progress
+from quickstart import load, packaged_model
+from torch import Tensor, nn
+
+from nsa_compile import NSABackend, NSAConfig, attach
+from nsa_compile.attach import learned_parts
+
+PAPER = NSAConfig(combine="gated", compression="mlp", branch_kv="independent", min_keys=0)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """Evaluates, trains, and prints the table.
+
+    Args:
+        arguments: command line; that of the process by default.
+
+    Returns:
+        What was evaluated -> negative log-likelihood per token, nats.
+    """
+    options = parse(arguments)
+    progress(f"loading {options.model.name}")
+    model, tokenizer = load(options.model, options.device, "float32")
+    text = Text(tokenizer, options)
+    progress(f"{len(text.training):,} tokens for training, {len(text.held_out)} sequences held out")
+
+    results: dict[str, float] = {}
+
+    def note(name: str, compiled: Any) -> None:
+        results[name] = evaluate(compiled, text.held_out, options.device)
+        progress(f"{name}: {results[name]:.4f}")
+
+    model.base_model.compile(dynamic=False)
+    note("dense", model)
+    joint = dataclasses.replace(options.config, combine="joint", compression="mean", branch_kv="shared")
+    model.base_model.compile(backend=NSABackend(joint), dynamic=False)
+    note("joint, no training", model)
+
+    native = copy.deepcopy(model)
+    attach(native.base_model, options.config, text.held_out[:1, :-1].to(options.device), start="dense")
+    native.base_model.compile(backend=NSABackend(options.config), dynamic=False)
+    note("gated, no training", native)
+    train(native, text, options)
+    note(f"gated, {options.steps} steps", native)
+    if options.control:
+        model.base_model.compile(dynamic=False)
+        train(model, text, options)
+        note(f"dense, {options.steps} steps", model)
+    print(table(results, options))
+    return results
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line, and fills in what depends on the machine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, help="T, length of a sequence; 8192 on a GPU, 1024 on a CPU")
+    parser.add_argument("--steps", type=int, help="steps of training; 300 on a GPU, 2 on a CPU")
+    parser.add_argument("--batch", type=int, help="sequences of a step; 4 on a GPU, 1 on a CPU")
+    parser.add_argument("--held-out", type=int, help="sequences to evaluate; 16 on a GPU, 1 on a CPU")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the model's own parameters")
+    parser.add_argument("--learned-rate", type=float, default=1e-3, help="of the learned parts")
+    parser.add_argument("--num-selected", type=int, default=16)
+    parser.add_argument("--no-control", dest="control", action="store_false", help="do not train the dense model too")
+    parser.add_argument("--model", type=Path, help="a GGUF file, or a folder that transformers can load")
+    options = parser.parse_args(arguments)
+    is_gpu = torch.device(options.device).type == "cuda"
+    defaults = {"tokens": (8192, 1024), "steps": (300, 2), "batch": (4, 1), "held_out": (16, 1)}
+    for name, (gpu, cpu) in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, gpu if is_gpu else cpu)
+    options.model = options.model or packaged_model()
+    options.config = dataclasses.replace(PAPER, num_selected=options.num_selected)
+    return options
+
+
+class Text:
+    """The corpus as the model's tokens.
+
+    Args:
+        tokenizer: the model's.
+        options: what `parse` returned.
+    """
+
+    def __init__(self, tokenizer: Any, options: argparse.Namespace) -> None:
+        self._options = options
+        end = int(tokenizer.eos_token_id)
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            return tokenizer(texts, add_special_tokens=False).input_ids
+
+        length = options.tokens + 1
+        needed = options.steps * options.batch * length + length
+        self.training = token_stream(encode, end, needed, held_out=False)
+        self.held_out = token_stream(encode, end, options.held_out * length, held_out=True).view(-1, length)
+
+    def batch(self, step: int) -> Tensor:
+        """Returns the sequences `[B, T + 1]` of a step, the same for every run."""
+        draw, length = random.Random(step), self._options.tokens + 1
+        starts = [draw.randrange(len(self.training) - length + 1) for _ in range(self._options.batch)]
+        return torch.stack([self.training[start : start + length] for start in starts])
+
+
+@torch.no_grad()
+def evaluate(model: Any, sequences: Tensor, device: str) -> float:
+    """Returns the mean negative log-likelihood of the tokens of `[N, T + 1]` after the first, nats."""
+    model.eval()
+    losses = [loss_of(model, sequence[None].to(device)) for sequence in sequences]
+    return torch.stack(losses).mean().item()
+
+
+def train(model: Any, text: Text, options: argparse.Namespace) -> None:
+    """Trains all parameters; one sequence goes through the model at a time."""
+    model.train()
+    own, learned = split_parameters(model)
+    schedules = [optimizer_for(own, options.learning_rate, options.steps)]
+    if len(learned):
+        schedules.append(optimizer_for(learned, options.learned_rate, options.steps))
+    for step in range(options.steps):
+        losses = []
+        for sequence in text.batch(step).to(options.device):
+            loss = loss_of(model, sequence[None])
+            (loss / options.batch).backward()
+            losses.append(loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in schedules:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 25 == 0 or step + 1 == options.steps:
+            progress(f"step {step + 1}: loss {torch.stack(losses).mean().item():.4f}")
+
+
+def split_parameters(model: nn.Module) -> tuple[nn.ParameterList, nn.ParameterList]:
+    """Separates the model's own parameters from the learned parts."""
+    learned = {parameter for parts in learned_parts(model).values() for parameter in parts.parameters()}
+    own = [parameter for parameter in model.parameters() if parameter not in learned]
+    return nn.ParameterList(own), nn.ParameterList(learned)
+
+
+def loss_of(model: Any, sequences: Tensor) -> Tensor:
+    """The loss of `[B, T + 1]`; the decoder is compiled, the projection to the vocabulary is not."""
+    return next_token_loss(lambda tokens: model.base_model(tokens).last_hidden_state, model.lm_head, sequences)
+
+
+def table(results: dict[str, float], options: argparse.Namespace) -> str:
+    """Lays the results out, with the distance to the dense model that was trained as long."""
+    title = f"nll per token, {options.tokens:,} tokens, {options.held_out} sequences"
+    lines = [f"{title:<52}{'':>10}{'above dense':>14}"]
+    for name, value in results.items():
+        dense = results.get(name.replace("gated", "dense"), results["dense"])
+        lines.append(f"{name:<52}{value:>10.4f}{value - dense:>14.4f}")
+    return "\n".join(["", *lines])
+
+
+if __name__ == "__main__":
+    main()

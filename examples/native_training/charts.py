@@ -1,0 +1,51 @@
+"""Pictures of the outcomes; `python charts.py results/train_from_scratch.json` draws one on another machine."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+
+def draw_comparison(path: Path) -> Path | None:
+    """Draws loss curves, and a map of the keys retrieved for each run.
+
+    Args:
+        path: the JSON file that `train_from_scratch.py` wrote.
+
+    Returns:
+        The picture, beside the file; None where matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    written = json.loads(path.read_text())
+    conditions, outcomes = written["conditions"], written["outcomes"]
+    figure, axes = plt.subplots(1, 1 + len(outcomes), figsize=(6 + 4 * len(outcomes), 4), layout="constrained")
+    for name, outcome in outcomes.items():
+        steps = [conditions["log"] * (i + 1) for i in range(len(outcome["losses"]))]
+        (line,) = axes[0].plot(steps, outcome["losses"], alpha=0.4, label=f"{name}, training")
+        validation = {int(step): loss for step, loss in outcome["validation"].items()}
+        axes[0].plot(list(validation), list(validation.values()), color=line.get_color(), label=f"{name}, held out")
+    axes[0].set(xlabel="step", ylabel="loss, nats per token", title=f"{conditions['tokens']:,} tokens of context")
+    axes[0].legend()
+    for place, (name, outcome) in zip(axes[1:], outcomes.items(), strict=True):
+        rates = outcome["retrieved"]
+        lengths = [conditions["tokens"] * (i + 1) // len(rates) for i in range(len(rates))]
+        image = place.imshow(list(zip(*rates, strict=True)), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        place.set(xlabel="context, tokens", ylabel="depth of the key", title=f"{name}: keys retrieved")
+        place.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        depths = len(rates[0])
+        place.set_yticks(range(depths), [f"{100 * i / (depths - 1):.0f} %" for i in range(depths)])
+        figure.colorbar(image, ax=place)
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    return picture
+
+
+if __name__ == "__main__":
+    print(draw_comparison(Path(sys.argv[1])) or "matplotlib is not installed")

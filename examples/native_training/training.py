@@ -1,0 +1,69 @@
+"""What every training run needs: the optimizer and its schedule, autocast, the loss in chunks, and a clock."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# A vocabulary is large: logits are made for this many positions at a time.
+_CHUNK = 2048
+
+
+def optimizer_for(model: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """Returns AdamW, with decay on matrices alone, and its schedule: a linear rise, then half a cosine."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": 0.1},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
+    rise = max(1, min(100, steps // 10))
+    parts = [
+        torch.optim.lr_scheduler.LinearLR(adamw, 0.01, 1.0, rise),
+        torch.optim.lr_scheduler.CosineAnnealingLR(adamw, max(1, steps - rise), rate / 10),
+    ]
+    return adamw, torch.optim.lr_scheduler.SequentialLR(adamw, parts, [rise])
+
+
+def autocast(device: str | torch.device) -> torch.autocast:
+    """bfloat16 for the matrix products on a GPU, the model's own dtype elsewhere."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
+
+
+def next_token_loss(
+    decode: Callable[[Tensor], Tensor], project: Callable[[Tensor], Tensor], sequences: Tensor
+) -> Tensor:
+    """Computes the mean negative log-likelihood of each token after the first, nats.
+
+    Args:
+        decode: from tokens `[B, T]` to hidden states `[B, T, C]`.
+        project: from hidden states to logits.
+        sequences: `[B, T + 1]`.
+    """
+    with autocast(sequences.device):
+        states = decode(sequences[:, :-1])
+        parts = zip(states.split(_CHUNK, 1), sequences[:, 1:].split(_CHUNK, 1), strict=True)
+        total = torch.stack([_summed_loss(project(part), wanted) for part, wanted in parts]).sum()
+    return total / sequences[:, 1:].numel()
+
+
+def likeliest(decode: Callable[[Tensor], Tensor], project: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """Returns the likeliest next token at each position of `[B, T]`."""
+    with autocast(tokens.device):
+        return torch.cat([project(part).argmax(-1) for part in decode(tokens).split(_CHUNK, 1)], 1)
+
+
+def _summed_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), reduction="sum")
+
+
+_START = time.perf_counter()
+
+
+def progress(message: str) -> None:
+    """Prints what is being done, and for how long the program has run."""
+    print(f"[{time.perf_counter() - _START:6.1f} s] {message}", flush=True)

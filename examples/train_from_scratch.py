@@ -1,0 +1,318 @@
+"""Trains one small language model twice from scratch, dense and with native NSA, on the same data: is it as good?
+
+Both runs share the seed, the text, the order and the optimizer; the second model has learned parts attached.  Shown are
+the losses on held-out files, how often a key is retrieved at every depth of the context, and the speed of training.
+`python examples/train_from_scratch.py --out results` writes `results/train_from_scratch.json` and, with matplotlib,
+`train_from_scratch.png`.  On a CPU a toy of the same form runs.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from native_training.charts import draw_comparison
+from native_training.corpus import PACKAGES, token_stream, train_tokenizer
+from native_training.facts import plant, retrieval_rates
+from native_training.model import Decoder, ModelConfig
+from native_training.training import likeliest, next_token_loss, optimizer_for, progress
+from torch import Tensor, nn
+
+from nsa_compile import NSABackend, NSAConfig, attach
+
+PAPER = NSAConfig(combine="gated", compression="mlp", branch_kv="independent", min_keys=0)
+# Small blocks for the toy, so that there is something to choose from.
+TOY = dataclasses.replace(
+    PAPER, block_length=8, block_stride=4, selection_block=16, num_selected=6, num_local=2, window=32
+)
+
+
+# Options that are part of the conditions of a measurement.
+_CONDITIONS = ("tokens", "batch", "steps", "learning_rate", "facts", "log", "seed")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one run gives.
+
+    Attributes:
+        parameters: their number.
+        losses: mean training loss of every `--log` steps, nats per token.
+        validation: step -> loss on held-out files, nats per token.
+        tokens_per_second: of training, without compilation and validation.
+        memory: largest amount allocated on the GPU, GiB; 0 on a CPU.
+        retrieved: rate of keys retrieved, for each length and depth.
+        step_times: T -> median time of a training step of one sequence, ms.
+    """
+
+    parameters: int
+    losses: list[float] = dataclasses.field(default_factory=list)
+    validation: dict[int, float] = dataclasses.field(default_factory=dict)
+    tokens_per_second: float = 0.0
+    memory: float = 0.0
+    retrieved: list[list[float]] = dataclasses.field(default_factory=list)
+    step_times: dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
+    """Trains both models and compares them.
+
+    Args:
+        arguments: command line; that of the process by default.
+
+    Returns:
+        The outcomes, "dense" and "NSA".
+    """
+    options = parse(arguments)
+    progress("training a tokenizer")
+    tokenizer = train_tokenizer(options.model.vocabulary, options.tokenizer_characters, options.packages)
+    data = Data(tokenizer, options)
+    progress(f"{len(data.training):,} tokens for training, {len(data.held_out):,} held out")
+    outcomes = {}
+    for name in options.only or ("dense", "NSA"):
+        torch.manual_seed(options.seed)
+        model = Decoder(options.model).to(options.device)
+        if name == "NSA":
+            attach(model, options.config, data.training[: options.tokens][None].to(options.device), start="scratch")
+            model.compile(backend=NSABackend(options.config), dynamic=False)
+        else:
+            model.compile(dynamic=False)
+        outcomes[name] = Run(name, model, data, options).outcome()
+        torch.compiler.reset()
+    save(outcomes, options)
+    print(table(outcomes))
+    return outcomes
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line, and fills in what depends on the machine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, help="T, length of a sequence")
+    parser.add_argument("--batch", type=int, help="sequences of a step")
+    parser.add_argument("--steps", type=int, help="steps of training")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--facts", type=int, help="facts in each sequence, each stated twice")
+    parser.add_argument("--log", type=int, help="steps between two notes of the loss")
+    parser.add_argument("--samples", type=int, help="questions for each length and depth")
+    parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
+    parser.add_argument("--only", nargs="*", choices=["dense", "NSA"], help="one of the two runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the outcomes")
+    options = parser.parse_args(arguments)
+    is_gpu = torch.device(options.device).type == "cuda"
+    gpu = {
+        "tokens": 8192,
+        "batch": 4,
+        "steps": 2500,
+        "facts": 8,
+        "log": 25,
+        "samples": 8,
+        "time_at": [8192, 16384, 32768],
+    }
+    toy: dict[str, Any] = {"tokens": 192, "batch": 4, "steps": 20, "facts": 2, "log": 5, "samples": 1, "time_at": [192]}
+    for name, value in (gpu if is_gpu else toy).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.model = ModelConfig() if is_gpu else ModelConfig(512, 64, layers=2, heads=4, key_heads=2, head_size=16)
+    options.config = PAPER if is_gpu else TOY
+    options.packages = PACKAGES if is_gpu else ("stdlib",)
+    options.tokenizer_characters = 20_000_000 if is_gpu else 300_000
+    return options
+
+
+class Data:
+    """Text as tokens, and the batches that both runs see.
+
+    Args:
+        tokenizer: what `train_tokenizer` returned.
+        options: what `parse` returned.
+    """
+
+    def __init__(self, tokenizer: Any, options: argparse.Namespace) -> None:
+        self._tokenizer = tokenizer
+        self._options = options
+        needed = options.steps * options.batch * options.tokens
+        windows = 16 * options.batch if options.device != "cpu" else options.batch
+        packages = options.packages
+        self.training = token_stream(self.encode_batch, 0, needed, held_out=False, packages=packages)
+        self.held_out = token_stream(
+            self.encode_batch, 0, windows * (options.tokens + 1), held_out=True, packages=packages
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Returns a text's tokens."""
+        return self._tokenizer.encode(text).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the tokens of several texts."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+
+    def batch(self, step: int) -> Tensor:
+        """Returns the sequences `[B, T + 1]` of a step, the same for every run."""
+        options, draw = self._options, random.Random(step)
+        starts = [draw.randrange(len(self.training) - options.tokens - 1) for _ in range(options.batch)]
+        windows = [self.training[start : start + options.tokens + 1] for start in starts]
+        return torch.stack([plant(window, self.encode, options.facts, draw) for window in windows])
+
+    def validation(self) -> Tensor:
+        """Returns the held-out sequences `[N, T + 1]`, without facts."""
+        length = self._options.tokens + 1
+        return self.held_out[: len(self.held_out) // length * length].view(-1, length)
+
+
+class Run:
+    """One model's training and what comes after it.
+
+    Args:
+        name: what to call it.
+        model: compiled, its learned parts attached.
+        data: the data.
+        options: what `parse` returned.
+    """
+
+    def __init__(self, name: str, model: Decoder, data: Data, options: argparse.Namespace) -> None:
+        self._name, self._model, self._data, self._options = name, model, data, options
+        self._optimizer, self._scheduler = optimizer_for(model, options.learning_rate, options.steps)
+        self._outcome = Outcome(sum(parameter.numel() for parameter in model.parameters()))
+
+    def outcome(self) -> Outcome:
+        """Trains, validates, asks for keys, and times steps."""
+        self._train()
+        self._outcome.retrieved = self._retrieve()
+        self._outcome.step_times = {tokens: self._step_time(tokens) for tokens in self._options.time_at}
+        return self._outcome
+
+    def _train(self) -> None:
+        options, outcome = self._options, self._outcome
+        recent: list[Tensor] = []
+        trained = 0.0
+        if options.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        for step in range(options.steps):
+            start = time.perf_counter()
+            recent.append(self._step(self._data.batch(step)))
+            if (step + 1) % options.log == 0 or step + 1 == options.steps:
+                outcome.losses.append(torch.stack(recent).mean().item())
+                recent.clear()
+            # The first steps compile.
+            trained += time.perf_counter() - start if step >= options.log else 0.0
+            if (step + 1) % (10 * options.log) == 0 or step + 1 == options.steps:
+                outcome.validation[step + 1] = self._validate()
+                progress(
+                    f"{self._name}: step {step + 1}, loss {outcome.losses[-1]:.4f}, held out "
+                    f"{outcome.validation[step + 1]:.4f}"
+                )
+        if trained:
+            outcome.tokens_per_second = (options.steps - options.log) * options.batch * options.tokens / trained
+        if options.device != "cpu":
+            outcome.memory = torch.cuda.max_memory_allocated() / 2**30
+
+    def _step(self, sequences: Tensor) -> Tensor:
+        sequences = sequences.to(self._options.device, non_blocking=True)
+        loss = self._loss(sequences)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def _loss(self, sequences: Tensor) -> Tensor:
+        return next_token_loss(self._model, self._model.logits, sequences)
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        parts = self._data.validation().split(self._options.batch)
+        whole = [part for part in parts if len(part) == self._options.batch]
+        losses = [self._loss(part.to(self._options.device)) for part in whole]
+        return torch.stack(losses).mean().item()
+
+    def _retrieve(self) -> list[list[float]]:
+        options = self._options
+        progress(f"{self._name}: retrieving keys")
+
+        def predict(tokens: Tensor) -> Tensor:
+            return likeliest(self._model, self._model.logits, tokens.to(options.device)).cpu()
+
+        return retrieval_rates(
+            predict,
+            self._data.held_out,
+            self._data.encode,
+            tokens=options.tokens,
+            lengths=[options.tokens * (i + 1) // 4 for i in range(4)],
+            depths=[i / 7 for i in range(8)],
+            samples=options.samples,
+            batch=options.batch,
+        )
+
+    def _step_time(self, tokens: int) -> float:
+        """Median time of a step's forward and backward for one sequence, in ms."""
+        progress(f"{self._name}: timing steps of {tokens:,} tokens")
+        sequence = self._data.training[: tokens + 1][None].to(self._options.device)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            self._loss(sequence).backward()
+            if sequence.is_cuda:
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+            self._model.zero_grad(set_to_none=True)
+        return statistics.median(times[3:])
+
+
+def save(outcomes: dict[str, Outcome], options: argparse.Namespace) -> None:
+    """Writes the outcomes and the conditions, and a picture where matplotlib is installed."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    conditions = {
+        "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        "torch": torch.__version__,
+        "model": dataclasses.asdict(options.model),
+        "config": dataclasses.asdict(options.config),
+        **{
+            name: getattr(options, name)
+            for name in ("tokens", "batch", "steps", "learning_rate", "facts", "log", "seed")
+        },
+    }
+    written = {
+        "conditions": conditions,
+        "outcomes": {name: dataclasses.asdict(each) for name, each in outcomes.items()},
+    }
+    path = options.out / "train_from_scratch.json"
+    path.write_text(json.dumps(written, indent=1))
+    progress(f"wrote {path}")
+    picture = draw_comparison(path)
+    progress(f"wrote {picture}" if picture else "no picture: matplotlib is not installed")
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """Lays the outcomes out side by side."""
+
+    def mean(rates: list[list[float]]) -> float:
+        return statistics.fmean(rate for row in rates for rate in row)
+
+    rows: list[tuple[str, Callable[[Outcome], str]]] = [
+        ("parameters, millions", lambda each: f"{each.parameters / 1e6:.1f}"),
+        ("loss on held-out files", lambda each: f"{list(each.validation.values())[-1]:.4f}"),
+        ("keys retrieved, all depths", lambda each: f"{100 * mean(each.retrieved):.1f} %"),
+        ("tokens per second in training", lambda each: f"{each.tokens_per_second:,.0f}"),
+        ("GPU memory, GiB", lambda each: f"{each.memory:.2f}"),
+    ]
+    lengths = sorted({tokens for each in outcomes.values() for tokens in each.step_times})
+    rows += [
+        (f"forward and backward, {tokens:,} tokens, ms", lambda each, tokens=tokens: f"{each.step_times[tokens]:.1f}")
+        for tokens in lengths
+    ]
+    lines = [f"{'':<44}" + "".join(f"{name:>14}" for name in outcomes)]
+    lines += [f"{title:<44}" + "".join(f"{read(each):>14}" for each in outcomes.values()) for title, read in rows]
+    return "\n".join(["", *lines])
+
+
+if __name__ == "__main__":
+    main()
