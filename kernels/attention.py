@@ -15,6 +15,7 @@ from nsa_compile.kernels.intervals import (
     tighten_intervals,
     valid_compressed_tokens,
 )
+from nsa_compile.kernels.sharding import register_rules_for
 
 
 def attention(
@@ -67,7 +68,7 @@ def attention(
         combine: "joint" or "gated".
 
     Returns:
-        `[B, H, T, D_v]`, dtype of `query`.
+        `[B, H, T, D_v]`, contiguous, dtype of `query`.
 
     Raises:
         NSAError: see `check_arguments`.
@@ -75,6 +76,7 @@ def attention(
     Reference: arXiv 2502.11089, eqs 5–12.
     """
     joint = combine == "joint"
+    register_rules_for(query)
     check_arguments(
         query,
         key,
@@ -161,7 +163,7 @@ def attention(
             window=window,
             **forced,
         )
-        return output
+        return output.contiguous()
     selected_output, _ = torch.ops.nsa.selected_attention(
         query, key, value, block_indices, *visible, key_valid, **causal, selection_block=selection_block, **forced
     )
@@ -188,4 +190,4 @@ def _weighted_sum(gates: Tensor, *outputs: Tensor) -> Tensor:
     total = outputs[0].to(dtype) * weight[..., 0:1]
     for branch in range(1, len(outputs)):
         total = total + outputs[branch].to(dtype) * weight[..., branch : branch + 1]
-    return total.to(outputs[0].dtype)
+    return total.to(outputs[0].dtype, memory_format=torch.contiguous_format, copy=True)

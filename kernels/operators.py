@@ -11,8 +11,9 @@ l `block_length`, d `block_stride`, l' `selection_block`, n `num_selected`, w `w
 N_blk selection blocks.
 
 Conventions of all opaque operators:
-    - Tensors may have any strides with a contiguous last dimension, those of a backward any strides at all; results
-      are fresh and contiguous.
+    - Tensors may have any strides with a contiguous last dimension.  Results are fresh and contiguous, but a branch's
+      output `[B, H, T, D_v]` lies in memory as `[B, T, H, D_v]`: what models want next; gates, sum and transpose then
+      run in one order, and Inductor can fuse them behind the attention.
     - `first_key` and `last_key` are both None (then 0, and t if `is_causal` else S − 1) or both int32 `[B, T]`,
       contiguous; values may lie outside 0 … S − 1.  A query with first > last sees nothing.
     - Sums are float32, float64 for float64; outputs have the query's dtype.
@@ -92,8 +93,7 @@ def _register() -> torch.library.Library:
         library.define(
             f"{backward}(Tensor grad_output, Tensor query, {tensors}, Tensor output, Tensor lse, *, {attributes}) "
             "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-            # Inductor's kernels may leave what is saved in another order of memory: copying it would undo their work.
-            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+            tags=tags,
         )
         library.impl(name, _dispatched(name, query_position=0), "CompositeExplicitAutograd")
         library.impl(backward, _dispatched(backward, query_position=1), "CompositeExplicitAutograd")
@@ -148,7 +148,8 @@ def _fake_select_blocks(
 
 
 def _fake_branch(query: Tensor, _key: Tensor, value: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, Tensor]:
-    output = query.new_empty((*query.shape[:3], value.shape[3]))
+    batch, heads, num_queries, _ = query.shape
+    output = query.new_empty((batch, num_queries, heads, value.shape[3])).transpose(1, 2)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return output, query.new_empty(query.shape[:3], dtype=lse_dtype)
 

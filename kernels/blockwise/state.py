@@ -96,11 +96,12 @@ class RunningSoftmax:
         return weights
 
     def finish(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns `output` `[B, H, T, D_v]` in `dtype` and natural-log `lse` `[B, H, T]`."""
+        """Returns `output` `[B, H, T, D_v]` in `dtype`, in memory `[B, T, H, D_v]`, and log `lse` `[B, H, T]`."""
         nothing = self.total == 0
         output = self.weighted.div_(self.total.masked_fill(nothing, 1.0).unsqueeze(-1))
         lse = self.reference.add(self.total.log2()).div_(_LOG2_E).masked_fill_(nothing, float("-inf"))
-        return from_rows(output, dtype), from_rows(lse, lse.dtype)
+        ordered = output.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format, copy=True).flatten(2, 3)
+        return ordered.transpose(1, 2), from_rows(lse, lse.dtype)
 
 
 def lift_reference(reference: Tensor, scores: Tensor) -> Tensor | None:

@@ -27,7 +27,7 @@ def compressed_attention(
     """Returns output [B, H, T, D_v] and lse [B, H, T] float32, natural logarithm, −inf where nothing is visible."""
     query, compressed_key, compressed_value = map(launch.contiguous_rows, (query, compressed_key, compressed_value))
     B, H, T, _ = query.shape
-    output = query.new_empty((B, H, T, compressed_value.shape[-1]))
+    output = launch.new_output(query, compressed_value)
     lse = query.new_empty((B, H, T), dtype=torch.float32)
     intervals = launch.Intervals(first_key, last_key, compressed_valid, is_causal)
     geometry = launch.KeyGeometry(num_keys, block_length, block_stride)

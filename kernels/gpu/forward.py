@@ -54,7 +54,7 @@ def attend_range(
 ):  # fmt: skip
     """Output [BLOCK_M, BLOCK_DV] float32 and natural-log lse [BLOCK_M] of one tile of tokens of one query head.
 
-    With HAS_BASE the softmax starts from an attention to other keys: base [B, H, T, DV] and its lse [B, H, T].
+    With HAS_BASE the softmax starts from an attention to other keys: base [B, T, H, DV] and its lse [B, H, T].
     """
     rows = tl.arange(0, BLOCK_M)
     tile_start = tile * BLOCK_M
@@ -72,12 +72,12 @@ def attend_range(
     valid_base = valid_ptr + batch.to(tl.int64) * N
 
     if HAS_BASE:
-        row = (batch * H + head).to(tl.int64) * T + tile_start
-        maximum = tl.load(base_lse_ptr + row + rows, mask=stored, other=float("-inf")) * 1.4426950408889634
+        lse_base = base_lse_ptr + (batch * H + head).to(tl.int64) * T
+        maximum = tl.load(lse_base + tokens, mask=stored, other=float("-inf")) * 1.4426950408889634
         some = maximum > float("-inf")
         total = tl.where(some, 1.0, 0.0)
-        accumulator = load_tile(base_ptr + row * DV, rows, tl.arange(0, BLOCK_DV), DV, some, DV, BLOCK_DV, True)
-        accumulator = accumulator.to(tl.float32)
+        base = base_ptr + ((batch.to(tl.int64) * T + tile_start) * H + head) * DV
+        accumulator = load_tile(base, rows, tl.arange(0, BLOCK_DV), H * DV, some, DV, BLOCK_DV, True).to(tl.float32)
     else:
         maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -127,7 +127,7 @@ def flash_forward(
     HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_BASE: tl.constexpr,
     LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse for BLOCK_M tokens of one query head; with HAS_BASE, added to what the two hold."""
+    """Output [B, T, H, DV] and lse [B, H, T] of BLOCK_M tokens of a head; with HAS_BASE, added to what they hold."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: heaviest tiles first
     batch = tl.program_id(1) // H
     head = tl.program_id(1) % H
@@ -141,10 +141,10 @@ def flash_forward(
     tokens = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_DV)
     stored = tokens < T
-    row = tl.program_id(1).to(tl.int64) * T + tokens
     if not LSE_ONLY:
+        row = (batch.to(tl.int64) * T + tokens) * H + head
         tl.store(
             output_ptr + row[:, None] * DV + columns[None, :], output.to(output_ptr.dtype.element_ty),
             mask=stored[:, None] & (columns < DV)[None, :],
         )  # fmt: skip
-    tl.store(lse_ptr + row, lse, mask=stored)
+    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * T + tokens, lse, mask=stored)

@@ -74,6 +74,12 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def new_output(query: Tensor, value: Tensor) -> Tensor:
+    """Memory for a branch's output [B, H, T, D_v], in the order [B, T, H, D_v]."""
+    B, H, T, _ = query.shape
+    return query.new_empty((B, T, H, value.shape[-1])).transpose(1, 2)
+
+
 def head_constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int | str]:
     """Compile-time facts about the heads: group size, head sizes and their powers of two, dot precision."""
     return tiles.head_sizes(query.shape[1] // key.shape[1], query.shape[-1], value.shape[-1], query.dtype)
@@ -107,7 +113,7 @@ def flash_forward(
         intervals: what each query sees; `valid` counts keys.
         geometry: which keys of the interval the branch attends to.
         scale: factor on the logits.
-        output: contiguous; written.
+        output: as `new_output` makes it; written.
         lse: contiguous float32; written, natural logarithm.
         has_base: output and lse hold an attention to other keys, and become that to both.
     """

@@ -265,7 +265,7 @@ def merge_outputs(
 ):  # fmt: skip
     """One softmax of partial outputs [B, token, slot·SUB + sub, H, DV].
 
-    Rows are tokens x heads of a group.  Writes output [B, H, T, DV] and lse [B, H, T], natural logarithm.
+    Rows are tokens x heads of a group.  Writes output [B, T, H, DV] and lse [B, H, T], natural logarithm.
     """
     tokens_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
     pair = tl.program_id(1)
@@ -281,7 +281,6 @@ def merge_outputs(
     columns = tl.arange(0, BLOCK_DV)
     wide = (columns < DV)[None, :]
     H = H_kv * GROUP
-    target = (batch * H + heads).to(tl.int64) * T + tokens
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -303,11 +302,12 @@ def merge_outputs(
     seen = total > 0
     output = accumulator / tl.where(seen, total, 1.0)[:, None]
     lse = tl.where(seen, (maximum + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    target = (batch.to(tl.int64) * T + tokens) * H + heads
     tl.store(
         output_ptr + target[:, None] * DV + columns[None, :], output.to(output_ptr.dtype.element_ty),
         mask=stored[:, None] & wide,
     )  # fmt: skip
-    tl.store(lse_ptr + target, lse, mask=stored)
+    tl.store(lse_ptr + (batch * H + heads).to(tl.int64) * T + tokens, lse, mask=stored)
 
 
 @triton.jit

@@ -197,7 +197,7 @@ def listed_forward(
     B, H, T, _ = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
     n = block_indices.shape[-1]
-    output = query.new_empty((B, H, T, DV))
+    output = launch.new_output(query, value)
     lse = query.new_empty((B, H, T), dtype=torch.float32)
     block_size, sub = _sub_block(geometry.selection_block)
     num_blocks = triton.cdiv(S, geometry.selection_block)

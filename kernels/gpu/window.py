@@ -24,7 +24,7 @@ def window_attention(
     """Returns output [B, H, T, D_v] and lse [B, H, T] float32, natural logarithm, −inf where nothing is visible."""
     query, key, value = map(launch.contiguous_rows, (query, key, value))
     B, H, T, _ = query.shape
-    output = query.new_empty((B, H, T, value.shape[-1]))
+    output = launch.new_output(query, value)
     lse = query.new_empty((B, H, T), dtype=torch.float32)
     intervals = launch.Intervals(first_key, last_key, key_valid, is_causal)
     geometry = launch.KeyGeometry(key.shape[2], window=window)

@@ -111,11 +111,13 @@ def test_results_are_fresh_contiguous_and_as_the_fake_says(draw_inputs, name, dt
         with torch.no_grad():
             real, fake = operator(*arguments, **keywords), operator(*map(on_meta, arguments), **keywords)
         pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
-        for left, right in pairs:
-            assert left.is_contiguous()
+        for position, (left, right) in enumerate(pairs):
+            is_output = operator in outputs and position == 0  # in memory [B, T, H, D_v]
+            assert (left.transpose(1, 2) if is_output else left).is_contiguous()
             assert (left.shape, left.dtype, left.stride()) == (right.shape, right.dtype, right.stride())
         return real
 
+    outputs = [getattr(nsa, branch) for branch in operators.BRANCH_OPERATORS]
     real = check(getattr(nsa, name), positional)
     if name != "select_blocks":
         assert real[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -213,7 +215,10 @@ def test_compiles_whole_with_one_recompilation_at_most(draw_inputs, dynamic, mos
     assert sum(target in (nsa.attention, nsa.attention.default) for target in calls) == 2
 
 
-def test_inductor_forward_and_backward(draw_inputs, relative_error):
+def test_inductor_forward_and_backward(draw_inputs, relative_error, tmp_path, monkeypatch):
+    # Inductor's caches know an operator by name: they would serve code made for an earlier version of it.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
     def gated(query, key, value, gates):
         return nsa.attention(query, key, value, gates=gates.sigmoid(), combine="gated", **SIZES)
 
