@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import sympy
 import torch
 
-from nsa_compile.passes.metadata import same_size
+from nsa_compile.passes.metadata import number_of, same_size
 from nsa_compile.passes.sites import Size
 
 
@@ -61,7 +61,8 @@ Dimensions = tuple[Dimension, ...]
 
 def dimension(size: Size) -> Dimension:
     """Returns a dimension of one fresh axis; of none for a size that is certainly 1."""
-    return () if same_size(size, 1) else (Axis(size),)
+    fixed = number_of(size)
+    return () if same_size(size, 1) else (Axis(size if fixed is None else int(fixed)),)
 
 
 def dimensions(shape: Iterable[Size]) -> Dimensions:

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
+from nsa_compile.passes.calls import operation
 from nsa_compile.passes.metadata import VALUE_KEYS, dtype_of, fake_mode_of, recorded_value, tensor_of, value_key
 from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.sites import Branch, Factor, Operand, Shape, Step
@@ -139,6 +140,10 @@ def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list
     pending = list(orphans)
     while pending:
         node = pending.pop()
+        for user in [user for user in node.users if not user.users and operation(user) in ("getitem", "setitem")]:
+            # An item that nobody takes, a write that nobody reads.
+            if _is_removable(user, sharing):
+                graph_module.graph.erase_node(user)
         if node.users or node.graph is not graph_module.graph or node._erased:
             continue
         if node.op == "placeholder":
@@ -160,6 +165,8 @@ def _is_removable(node: fx.Node, sharing: Mapping[int, Sequence[fx.Node]]) -> bo
         aliases = [alias for alias in sharing.get(Writes.storage(each) or 0, (each,)) if not alias._erased]
         for alias in aliases:
             is_outside = alias.op in ("placeholder", "get_attr")
-            if is_outside or any(user is not node and user not in aliases for user in alias.users):
+            # What only the write itself reads does not count.
+            readers = (user for user in alias.users if user is not node and set(user.users) != {node})
+            if is_outside or any(reader not in aliases for reader in readers):
                 return False
     return True

@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from nsa_compile.passes.flex import is_flex_call, read_flex_call
 from nsa_compile.passes.fused import is_fused_attention, read_fused_attention
 from nsa_compile.passes.multihead import (
     is_encoder_layer,
@@ -19,6 +20,7 @@ from nsa_compile.passes.softmax import is_softmax, read_softmax
 _READERS = (
     (is_sdpa_call, read_sdpa_call),
     (is_softmax, read_softmax),
+    (is_flex_call, read_flex_call),
     (is_multihead_call, read_multihead_call),
     (is_encoder_layer, read_encoder_layer),
     (is_fused_attention, read_fused_attention),

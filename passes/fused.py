@@ -11,7 +11,7 @@ from nsa_compile.passes.scopes import attribute_of
 from nsa_compile.passes.sites import Reason, Rejection, Scope
 
 _FUSED = re.compile(
-    r"flex_attention|_scaled_dot_product_(?!.*backward).*attention.*|_?flash_attn_.*func|_flash_attention_forward"
+    r"_scaled_dot_product_(?!.*backward).*attention.*|_?flash_attn_.*func|_flash_attention_forward"
     r"|_efficient_attention_forward|memory_efficient_attention|_native_multi_head_attention|varlen_attn"
 )
 # Modules of torch's own that `symbolic_trace` leaves whole.

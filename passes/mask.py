@@ -5,8 +5,9 @@ query i and key j with symbolic sizes and data left open, and reads the formula 
 less padding (nsa.md).  What it accepts holds for every size and every value; nothing is run and nothing is guessed.
 
 What it takes for granted, because no graph can show it: 32- and 64-bit integers do not overflow; positions are below
-2**24, where float32 holds every integer; a bias of at most `MASKED_BELOW` hides a key, as models mean it; and in a
-row where every key is hidden nobody looks at what attention returns.
+2**24, where float32 holds every integer; a bias of at most `MASKED_BELOW` hides a key, as models mean it; in a
+row where every key is hidden nobody looks at what attention returns; and a `BlockMask` that comes from outside lists
+the blocks of its own mask_mod, as torch's eager flex_attention, which reads the mask_mod alone, takes for granted too.
 """
 
 import dataclasses
@@ -18,9 +19,10 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from nsa_compile.passes.mask_values import MaskValues
 from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.additive import unbiased
-from nsa_compile.passes.predicate.cases import combine, formula_of, substitute_value
+from nsa_compile.passes.predicate.cases import combine, formula_of
 from nsa_compile.passes.predicate.causes import cause_of_bias, is_selection
 from nsa_compile.passes.predicate.emission import EmittedInterval, emit, is_plain_causal, sizes_needed
 from nsa_compile.passes.predicate.facts import decide
@@ -30,14 +32,9 @@ from nsa_compile.passes.predicate.interpreter import ConstantReader, Interpreter
 from nsa_compile.passes.predicate.interval import Interval, Limit, Refusal, Sizes, read_interval
 from nsa_compile.passes.predicate.tensor import (
     B_INDEX,
-    H_INDEX,
     KEY,
     QUERY,
-    ZERO,
-    AbstractTensor,
     Leaf,
-    axis,
-    number,
     number_expression,
     size_expression,
 )
@@ -111,6 +108,7 @@ class MaskProver:
 
     def __init__(self, read_constant: ConstantReader | None = None) -> None:
         self._interpreter = Interpreter(read_constant)
+        self._masks = MaskValues(self._interpreter)
         self._proved: dict[Hashable, VisibleKeys | Rejection] = {}
         self._held: dict[fx.Graph, HeldSizes] = {}
 
@@ -132,30 +130,11 @@ class MaskProver:
         """
         writes = self._interpreter.writes(scope)
         place = writes.position(reader)
-        seen = tuple((mask, writes.last_write(mask.node, place)) for mask in masks)
+        seen = tuple((mask, None if mask.predicate else writes.last_write(mask.node, place)) for mask in masks)
         key = (seen, is_causal, sizes, scope.graph_module)
         if key not in self._proved:
             self._proved[key] = self._prove(masks, is_causal, sizes, scope, reader)
         return self._proved[key]
-
-    def prove_predicate(self, body: Scope, sizes: Sizes) -> VisibleKeys | Rejection:
-        """Proves a predicate over single positions, such as flex_attention's `mask_mod(b, h, q, kv)`.
-
-        Args:
-            body: the predicate's graph, whose first four placeholders are batch, head, query and key position and
-                whose others are found in `body.arguments`; it returns whether the key is visible.
-            sizes: of the attention.
-        """
-        graph = body.graph_module.graph
-        places = [node for node in graph.nodes if node.op == "placeholder"][:4]
-        index = _index(sizes)
-        for node, symbol in zip(places, index, strict=True):
-            self._interpreter.assume(node, body, AbstractTensor((), torch.int64, number(symbol)))
-        output = graph.output_node()
-        (result,) = output.all_input_nodes
-        value = self._interpreter.evaluate(result, body, output)
-        mask = Mask(result, MaskKind.ALLOWED)
-        return self._read(value.formula, sizes, body, (mask,), graph.output_node())
 
     def _prove(
         self, masks: tuple[Mask, ...], is_causal: bool, sizes: Sizes, scope: Scope, reader: fx.Node
@@ -175,13 +154,18 @@ class MaskProver:
             if isinstance(allowed, Rejection):
                 return allowed
             formula = conjunction(formula, allowed)
-        return self._read(formula, sizes, scope, masks, reader)
+        visible = self._read(formula, sizes, scope, masks, reader)
+        if isinstance(visible, Rejection):
+            return visible
+        for mask in masks:
+            if not self._masks.is_of_its_blocks(mask, sizes, scope, reader):
+                sentence = f"The blocks that are visited are those of another mask than {mask.node.name}."
+                return Rejection(Reason.MASK_NOT_PROVED, sentence, (mask.node,))
+        return visible
 
     def _allowed(self, mask: Mask, sizes: Sizes, scope: Scope, reader: fx.Node) -> Formula | Rejection:
         """The mask as a formula over b, h, i and j of the visible keys."""
-        tensor = self._interpreter.evaluate(mask.node, scope, reader)
-        places = [(k,) for k in range(4 - tensor.rank, 4)] if mask.axes is None else mask.axes
-        value = substitute_value(tensor.value, {axis(k): _merged(sizes, place) for k, place in enumerate(places)})
+        value = self._masks.value(mask, sizes, scope, reader)
         if mask.kind is MaskKind.BLOCKED:
             return negation(formula_of(value))
         if mask.kind is MaskKind.ALLOWED:
@@ -210,6 +194,10 @@ class MaskProver:
             nodes = tuple(leaf.written_by for leaf in result.leaves) or mask_nodes
             return Rejection(reason, f"{result.sentence}.", nodes)
         leaves = self._leaves(_parts(result))
+        inside = [leaf for leaf in leaves if not _is_around(leaf.scope, scope)]
+        if inside:
+            sentence = f"{inside[0].name} is computed inside of the mask's own graph, and {inside[0].cause}."
+            return Rejection(Reason.MASK_NOT_PROVED, sentence, tuple(leaf.written_by for leaf in inside))
         homes = {leaf.scope.graph_module: leaf.scope for leaf in leaves}
         if len(homes) > 1:
             sentence = "The mask is made of data from inside and from outside of a body that is run by an operator."
@@ -260,20 +248,11 @@ def sizes_of(site: AttentionSite) -> Sizes:
     return Sizes(*map(size_expression, (site.batch, site.query_heads, site.query_length, site.key_length)))
 
 
-def _merged(sizes: Sizes, places: tuple[int, ...]) -> sympy.Expr:
-    """The index along a dimension that is the product of some of B, H, T and S."""
-    lengths = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
-    merged: sympy.Expr = ZERO
-    for place in places:
-        merged = merged * lengths[place] + _index(sizes)[place]
-    return merged
-
-
-def _index(sizes: Sizes) -> tuple[sympy.Expr, ...]:
-    """The index along B, H, T and S; 0 along dimensions of size 1."""
-    lengths = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
-    symbols = (B_INDEX, H_INDEX, QUERY, KEY)
-    return tuple(ZERO if length == 1 else symbol for length, symbol in zip(lengths, symbols, strict=True))
+def _is_around(outer: Scope, scope: Scope) -> bool:
+    """Whether a scope is another one or holds it."""
+    while scope.graph_module is not outer.graph_module and scope.parent is not None:
+        scope = scope.parent
+    return scope.graph_module is outer.graph_module
 
 
 def _parts(interval: Interval) -> list[sympy.Expr]:

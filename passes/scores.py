@@ -12,7 +12,15 @@ from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.constants import constant_of
 from nsa_compile.passes.contractions import Contraction, is_contraction, read_contraction
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import number_of, recorded_dtype, recorded_shape, recorded_value, same_shape, shape_of
+from nsa_compile.passes.metadata import (
+    number_of,
+    recorded_dtype,
+    recorded_shape,
+    recorded_value,
+    same_shape,
+    shape_of,
+    tensor_of,
+)
 from nsa_compile.passes.parts import FactorPart, MaskPart, Problem
 from nsa_compile.passes.predicate.additive import MASKED_BELOW
 from nsa_compile.passes.predicate.writes import Writes
@@ -25,18 +33,29 @@ class Scores:
     """What a softmax is taken of: product · scale · factors + masks.
 
     Attributes:
-        product: the product of queries and keys.
+        product: the product of queries and keys; None where the reader was told which node that is.
         scale: a number.
         symbolic_scales: symbolic numbers that scale it too, with the power of each.
         factors: tensors that scale the product.
         masks: all of them hold.
     """
 
-    product: Contraction
+    product: Contraction | None
     scale: float
     symbolic_scales: tuple[tuple[fx.Node, int], ...]
     factors: tuple[FactorPart, ...]
     masks: tuple[MaskPart, ...]
+
+    @property
+    def contraction(self) -> Contraction:
+        """The product.
+
+        Raises:
+            LookupError: the reader was told which node the product is, and did not read it.
+        """
+        if self.product is None:
+            raise LookupError("the product was not read")
+        return self.product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +85,14 @@ class ScoreReader:
         keys: the axes over which the softmax is taken.
         writes: the in-place writes of the graph.
         site: the node that the operator would replace; what is read must hold until then.
+        product: a node that is the product; None where any contraction is.
     """
 
-    def __init__(self, keys: Dimension, writes: Writes, site: fx.Node) -> None:
+    def __init__(self, keys: Dimension, writes: Writes, site: fx.Node, product: fx.Node | None = None) -> None:
         self._keys = keys
         self._writes = writes
         self._site = site
+        self._product = product
 
     def read(self, node: fx.Node, dims: Dimensions, reader: fx.Node) -> Scores | Problem:
         """Reads backwards from the softmax's input.
@@ -90,6 +111,8 @@ class ScoreReader:
             if write is not None and not write.whole:
                 return Problem(Reason.UNKNOWN_SPELLING, f"A part of {state.node} is written in place.", (state.node,))
             state = dataclasses.replace(state, node=node)
+            if node is self._product:
+                return Scores(None, state.scale, state.symbolic_scales, state.factors, state.masks)
             if is_contraction(node):
                 return self._finish(state)
             outcome = self._step(state)
@@ -201,7 +224,7 @@ class ScoreReader:
             ):
                 # The same for all keys: the softmax does not see it.
                 return [state.back_to(scores)]
-            if factor is None or not isinstance(other, fx.Node) or not recorded_dtype(other).is_floating_point:
+            if factor is None or tensor_of(other) is None or recorded_dtype(other).is_complex:
                 outcomes.append(Problem(Reason.UNKNOWN_SPELLING, f"{state.node} adds {other}.", (state.node,)))
                 continue
             masked = self._masked(state, other, MaskKind.ADDITIVE, sign * factor)

@@ -60,7 +60,7 @@ def read_sdpa_call(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite
         return rejected(Reason.UNSUPPORTED_CALL, "Both attn_mask and is_causal=True are given.", node, mask)
     if number_of(bound.get("dropout_p", 0.0)) != 0:
         return rejected(Reason.DROPOUT, f"dropout_p={bound['dropout_p']}.")
-    parts = _parts(node, operands, shapes, mask, bool(enable_gqa))
+    parts = read_operands(node, operands, shapes, mask, bool(enable_gqa))
     if isinstance(parts, str):
         return rejected(Reason.UNSUPPORTED_SHAPE, parts)
     scale = bound.get("scale")
@@ -75,10 +75,21 @@ def read_sdpa_call(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite
     return assemble(read, place, writes)
 
 
-def _parts(
+def read_operands(
     node: fx.Node, operands: list[fx.Node], shapes: list[Shape], mask: fx.Node | None, enable_gqa: bool
 ) -> "dict[str, Any] | str":
-    """Names the axes of the call's tensors; a sentence where their shapes do not fit."""
+    """Names the axes of a call's tensors.
+
+    Args:
+        node: the call's output.
+        operands: query, key and value.
+        shapes: their shapes.
+        mask: broadcast to the scores; None where there is none.
+        enable_gqa: whether fewer heads of keys and values than of queries are shared.
+
+    Returns:
+        The parts that follow from it; a sentence where the shapes do not fit.
+    """
     query, key, value = (dimensions(shape) for shape in shapes)
     if not len(query) == len(key) == len(value) >= 2:
         return f"query, key and value have {len(query)}, {len(key)} and {len(value)} dimensions."

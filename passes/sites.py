@@ -31,6 +31,7 @@ class Reason(enum.Enum):
     SOFTCAP = "The scores are soft-capped by tanh."
     ATTENTION_SINKS = "Extra columns (attention sinks) take part in the softmax."
     ATTENTION_WEIGHTS_USED = "The attention weights themselves are used, not only their product with the values."
+    LOG_SUM_EXP_USED = "The log-sum-exp or the maximum of the scores is used, which NSA does not give."
     PROBABILITIES_CHANGED = "The attention weights are changed between the softmax and the product with the values."
     MULTIPLIED_SCORES = "The scores are multiplied by a tensor, which is neither a scale nor a mask."
     CROSS_ATTENTION = "Queries and keys come from different sequences."
@@ -64,21 +65,41 @@ class MaskKind(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Predicate:
+    """A graph over single positions that tells what is visible, such as flex_attention's mask_mod and score_mod.
+
+    Attributes:
+        scope: the graph.
+        positions: its placeholders for batch, query head, query and key position.
+        score: its placeholder for the score; None where there is none.
+        blocks: a mask `[B|1, H|1, T, S]` in the site's graph whose blocks alone are visited, so that it has to be the
+            same; None where no blocks are left out.
+    """
+
+    scope: "Scope"
+    positions: tuple[fx.Node, ...]
+    score: fx.Node | None = None
+    blocks: fx.Node | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Mask:
     """One mask of an attention; an attention's visible keys are those that all of its masks allow.
 
     Attributes:
-        node: the mask tensor, in the site's graph.
+        node: the mask tensor, in the site's graph, or the result of `predicate`.
         kind: how to read it.
         axes: for each of its dimensions, which of B (0), H (1), T (2) and S (3) it is, or is the product of; None
             where it broadcasts, right-aligned, to `[B, H, T, S]` as it is.
         factor: what an additive mask is multiplied by before it is added; -1 where it is subtracted.
+        predicate: the graph that computes one element of the mask; None where the mask is a tensor.
     """
 
     node: fx.Node
     kind: MaskKind
     axes: tuple[tuple[int, ...], ...] | None = None
     factor: float = 1.0
+    predicate: Predicate | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ def _read(softmax: fx.Node, scores_node: fx.Node, dims: Dimensions, dim: int, wr
 
 def _parts(scores: Scores, weighting: Weighting, dims: Dimensions, dim: int, writes: Writes) -> Parts | Problem:
     key_axes = set(leaves(dims[dim]))
-    product, site = scores.product, weighting.product.node
+    product, site = scores.contraction, weighting.product.node
     sides = [(product.left, product.right), (product.right, product.left)]
     found = [(query, key) for query, key in sides if key_axes <= key.axes and key_axes.isdisjoint(query.axes)]
     if len(found) != 1:
@@ -118,7 +118,7 @@ def _casts_operands(product: fx.Node) -> bool:
 
 def _rows(scores: Scores, query: LabelledTensor, dims: Dimensions, dim: int) -> Dimension:
     """The axes that stand where query positions usually stand: rows of the product, or the dimension before keys."""
-    product = scores.product
+    product = scores.contraction
     if operation(product.node) == "einsum":
         return dims[dim - 1] if dim % len(dims) else ()
     return query.dims[-2] if query is product.left else query.dims[-1]

@@ -9,6 +9,7 @@ Read them in this order:
     operations          the table: name of an operation -> what it does to abstract tensors; filled by
                         operations_arithmetic, _logic, _creation, _views, _indexing and _scans, with conversion
     writes, overwriting which nodes write tensors in place, and which value a reader therefore sees
+    mapping             indices that are no dimensions, inside torch.vmap and predicates
     constants           reads a mask that is kept in a buffer by value
     interpreter         evaluates the nodes that make a mask, without running them
     additive            reads a mask that is added to the scores

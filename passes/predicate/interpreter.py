@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -25,6 +26,7 @@ from nsa_compile.passes.predicate import (
 from nsa_compile.passes.predicate.cases import size_of
 from nsa_compile.passes.predicate.constants import abstract_constant
 from nsa_compile.passes.predicate.conversion import WIDE_INTEGERS
+from nsa_compile.passes.predicate.mapping import MappedIndices
 from nsa_compile.passes.predicate.operations import Call, Operation, as_tensor, bind, find_operation, maker_of_item
 from nsa_compile.passes.predicate.ordering import sorted_axis
 from nsa_compile.passes.predicate.overwriting import overwrite
@@ -32,6 +34,7 @@ from nsa_compile.passes.predicate.tensor import (
     AbstractTensor,
     Leaf,
     leaf_tensor,
+    number,
     size_expression,
 )
 from nsa_compile.passes.predicate.terms import UnknownError
@@ -86,6 +89,7 @@ class Interpreter:
         self._writes: dict[fx.Graph, Writes] = {}
         self._leaves: dict[str, Leaf] = {}
         self._equal: dict[tuple[Hashable, fx.GraphModule], Leaf] = {}
+        self._mapped = MappedIndices()
 
     def leaf(self, name: str) -> Leaf:
         """The leaf whose function has this name."""
@@ -98,9 +102,14 @@ class Interpreter:
             self._writes[graph] = Writes(graph)
         return self._writes[graph]
 
-    def assume(self, node: fx.Node, scope: Scope, value: AbstractTensor) -> None:
-        """Sets the value of a placeholder, such as the position that a predicate is asked about."""
-        self._values[Source(node, scope)] = value
+    def assume(self, node: fx.Node, scope: Scope, position: sympy.Symbol) -> None:
+        """Makes a placeholder the position that a predicate is asked about."""
+        self._values[Source(node, scope)] = AbstractTensor((), torch.int64, number(position))
+        self.depend(node, (position,))
+
+    def depend(self, node: fx.Node, positions: tuple[sympy.Symbol, ...]) -> None:
+        """Makes a placeholder of a predicate data that depends on positions."""
+        self._mapped.assume(node, positions)
 
     def evaluate(self, node: fx.Node, scope: Scope, reader: fx.Node) -> AbstractTensor:
         """What `reader` sees when it reads `node`, both in `scope`."""
@@ -295,6 +304,7 @@ class Interpreter:
             raise UnknownError("it makes no tensor")
         state = "overwritten" if source.stale else written_by.name if source.patch is not None else ""
         name = ".".join(part for part in (source.scope.path, node.name, state) if part)
+        mapped = self._mapped.of(node, source.scope)
         leaf = Leaf(
             name=name,
             node=_changed(node),
@@ -304,7 +314,9 @@ class Interpreter:
             shape=tuple(size_expression(size) for size in result.shape),
             cause=cause,
             stale=source.stale,
-            **known,
+            mapped=mapped,
+            # What is known of data along its own axes is not known of the others.
+            **({} if mapped else known),
         )
         self._leaves[name] = leaf
         self._equal[same_as, source.scope.graph_module] = leaf

@@ -174,6 +174,10 @@ class _Reader:
             return Refusal(
                 Reason.MUTATED_MASK, f"{stale[0].name} is written in place before the mask reads it", tuple(stale)
             )
+        mapped = [leaf for leaf in self._leaves(conjunct) if leaf.mapped]
+        if mapped:
+            sentence = f"{mapped[0].name} is computed for each position by itself, and {mapped[0].cause}"
+            return Refusal(Reason.MASK_NOT_PROVED, sentence, tuple(mapped))
         if H_INDEX in symbols:
             sentence = f"{describe(conjunct)} is not the same for all heads"
             return Refusal(Reason.MASK_DEPENDS_ON_HEAD, sentence, self._leaves(conjunct))

@@ -11,6 +11,7 @@ from nsa_compile.passes.predicate.cases import substitute_value
 from nsa_compile.passes.predicate.operations import Call, as_size, as_tensor, dimension, operation
 from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, axis, rearrange
 from nsa_compile.passes.predicate.terms import UnknownError, replaced
+from nsa_compile.passes.predicate.writes import is_captured_read
 
 # Exported graphs write "to the end" as the largest 64-bit integer.
 _LONGEST = 1 << 62
@@ -126,6 +127,15 @@ def _getitem(call: Call, input: Any, key: Any) -> AbstractTensor:
 def _index(call: Call, input: Any, indices: Any) -> AbstractTensor:
     places = tuple(slice(None) if place is None else place for place in indices)
     return index_tensor(call, as_tensor(input), places)
+
+
+@operation("flat_apply")
+def _flat_apply(call: Call, function: Any, specification: Any, name: Any, input: Any, *indices: Any) -> AbstractTensor:
+    """How exported graphs read a tensor that flex_attention's modifications capture."""
+    del function, specification
+    if not is_captured_read(call.node):
+        raise UnknownError(f"the prover does not know {name}")
+    return index_tensor(call, as_tensor(input), indices)
 
 
 @operation("select")

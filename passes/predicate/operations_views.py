@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 
 from nsa_compile.passes.predicate.cases import substitute_value
-from nsa_compile.passes.predicate.operations import Call, as_size, as_tensor, dimension, operation
+from nsa_compile.passes.predicate.operations import Call, as_tensor, dimension, operation
 from nsa_compile.passes.predicate.tensor import ZERO, AbstractTensor, axis, make_tensor, rearrange
 from nsa_compile.passes.predicate.terms import UnknownError
 
@@ -119,9 +119,8 @@ def _flip(call: Call, input: Any, *dims: Any) -> AbstractTensor:
     )
 
 
-def level_symbol(level: int, size: sympy.Expr) -> sympy.Symbol:
+def level_symbol(level: Any) -> sympy.Symbol:
     """The index along the dimension that torch.vmap maps over at a nesting level."""
-    del size
     return sympy.Symbol(f"vmap{level}", integer=True, nonnegative=True)
 
 
@@ -130,7 +129,7 @@ def _add_batch_dim(call: Call, input: Any, batch_dim: Any, level: Any) -> Abstra
     tensor = as_tensor(input)
     along = dimension(batch_dim, tensor.rank)
     index: list[sympy.Expr] = [axis(k if k < along else k - 1) for k in range(tensor.rank)]
-    index[along] = ZERO if tensor.shape[along] == 1 else level_symbol(int(level), tensor.shape[along])
+    index[along] = ZERO if tensor.shape[along] == 1 else level_symbol(level)
     return rearrange(tensor, call.shape, index)
 
 
@@ -138,7 +137,8 @@ def _add_batch_dim(call: Call, input: Any, batch_dim: Any, level: Any) -> Abstra
 def _remove_batch_dim(call: Call, input: Any, level: Any, batch_size: Any, out_dim: Any) -> AbstractTensor:
     tensor = as_tensor(input)
     along = dimension(out_dim, len(call.shape))
-    mapped = level_symbol(int(level), as_size(batch_size))
+    del batch_size
+    mapped = level_symbol(level)
     moved = {axis(k): axis(k if k < along else k + 1) for k in range(tensor.rank)}
     return make_tensor(call.shape, call.dtype, substitute_value(tensor.value, {**moved, mapped: axis(along)}))
 

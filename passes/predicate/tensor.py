@@ -85,6 +85,8 @@ class Leaf:
         run: set for running sums that mark where documents begin.
         summand: for running sums of truths, when 1 is added, in terms of the sum's axes.
         stale: the tensor is overwritten in a way that leaves the value unknown; it must not be used.
+        mapped: indices that the values depend on beside the tensor's own: it is inside torch.vmap or a predicate, where
+            one element stands for all; it can be reasoned about, but not read from the graph.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Leaf:
     run: Run | None = None
     summand: Formula | None = None
     stale: bool = False
+    mapped: tuple[sympy.Symbol, ...] = ()
 
     @property
     def function(self) -> Any:
@@ -198,4 +201,4 @@ def elementwise(
 def leaf_tensor(leaf: Leaf) -> AbstractTensor:
     """The tensor of a leaf: its function at the index, for bool whether it is not 0."""
     index = [ZERO if size == 1 else axis(number) for number, size in enumerate(leaf.shape)]
-    return make_tensor(leaf.shape, leaf.dtype, number(leaf.function(*index)))
+    return make_tensor(leaf.shape, leaf.dtype, number(leaf.function(*index, *leaf.mapped)))

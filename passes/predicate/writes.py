@@ -26,6 +26,8 @@ _INPLACE_OPERATORS = frozenset(
 # End in an underscore but change nothing that a reader could see.
 _HARMLESS = frozenset({"requires_grad_", "share_memory_", "and_", "or_", "not_", "is_", "_set_grad_enabled"})
 
+# What an exported graph calls, by name, to index a tensor inside flex_attention's modifications.
+_INDEXING = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
 _RESHAPING = frozenset(
     {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "as_strided_"}
 )
@@ -52,7 +54,7 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
         return ()
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return _written_by_bodies(node)
+        return () if is_captured_read(node) else _written_by_bodies(node)
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return _written_by_schema(node)
     name = target_name(node)
@@ -65,6 +67,11 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
     if "inplace" in node.kwargs or "nn.functional" in str(module):
         return written + (_nodes(node.args[:1] or list(node.kwargs.values())[:1]) if _is_inplace(node) else ())
     return written
+
+
+def is_captured_read(node: fx.Node) -> bool:
+    """Whether a node reads a tensor that a modification of flex_attention captures, as exported graphs write it."""
+    return target_name(node) == "flat_apply" and _INDEXING in node.args
 
 
 def _is_inplace(node: fx.Node) -> bool:

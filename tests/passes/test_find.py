@@ -218,13 +218,6 @@ def test_weird_calls_are_declined_not_raised():
     assert [rejection.reason for rejection in found] == [Reason.UNSUPPORTED_CALL] * 5
 
 
-def test_flex_attention_is_named(oracle):
-    flex_attention = torch.nn.attention.flex_attention.flex_attention
-    (rejection,) = captured(oracle, flex_attention, *(torch.randn(B, H, T, 16) for _ in range(3)))
-    assert rejection.reason is Reason.FUSED_ATTENTION
-    assert rejection.place.spelling == "flex_attention"
-
-
 @pytest.mark.parametrize("written_out", [False, True])
 def test_attention_is_read_after_decomposition_into_core_operators(written_out):
     exported = torch.export.export(Model(written_out=written_out), (inputs(),)).run_decompositions()

@@ -1,16 +1,12 @@
-"""Where a mask is made and read: in place, in bodies, in exported graphs, in buffers, for one query, in predicates."""
+"""Where a mask is made and read: in place, in bodies, in exported graphs, in buffers, for one query."""
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from nsa_compile.passes.mask import MaskProver
 from nsa_compile.passes.predicate.constants import abstract_constant
-from nsa_compile.passes.predicate.interval import Sizes
-from nsa_compile.passes.predicate.tensor import size_expression
-from nsa_compile.passes.sites import Reason, Rejection, Scope
+from nsa_compile.passes.sites import Reason, Rejection
 
 NEG = float("-inf")
 PAD = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 0, 0]])
@@ -380,51 +376,6 @@ def test_a_buffer_that_may_not_be_read_is_declined(oracle):
 )
 def test_constants_without_a_formula_stay_data(values):
     assert abstract_constant(values) is None
-
-
-PREDICATES = {
-    "causal": (lambda b, h, q, k: q >= k, "causal"),
-    "window": (lambda b, h, q, k: (q >= k) & (q - k < 3), "causal, window 3"),
-    "bidirectional": (lambda b, h, q, k: (q - k).abs() < 3, Reason.BIDIRECTIONAL),
-    "heads": (lambda b, h, q, k: (q >= k) & (k >= q - h), Reason.MASK_DEPENDS_ON_HEAD),
-}
-
-
-def flex_predicate(graph):
-    """The predicate of the graph's flex_attention, as a scope whose captured tensors are resolved."""
-    (call,) = [node for node in graph.graph.nodes if "flex_attention" in str(node.target)]
-    reference = call.args[4][-1]
-    body = getattr(graph, reference.target)
-    captured = [node for node in body.graph.nodes if node.op == "placeholder"][4:]
-    root = Scope(graph)
-    return Scope(body, reference.target, root, (call,), dict(zip(captured, call.args[-1], strict=True)))
-
-
-def flex_graph(oracle, mask_mod):
-    block_mask = create_block_mask(mask_mod, 2, 3, 128, 128, device="cpu")
-    inputs = [torch.randn(2, 3, 128, 16) for _ in range(3)]
-    recorder = oracle.capture(lambda q, k, v: flex_attention(q, k, v, block_mask=block_mask), *inputs)
-    (graph,) = recorder.graphs
-    return graph
-
-
-@pytest.mark.parametrize("name", PREDICATES)
-def test_predicates_of_flex_attention_are_proved(oracle, name):
-    mask_mod, expected = PREDICATES[name]
-    sizes = Sizes(*map(size_expression, (2, 3, 128, 128)))
-    result = MaskProver().prove_predicate(flex_predicate(flex_graph(oracle, mask_mod)), sizes)
-    if isinstance(expected, Reason):
-        oracle.assert_declined(result, expected)
-    else:
-        assert result.describe() == expected
-
-
-def test_a_predicate_may_read_captured_tensors(oracle):
-    valid = torch.rand(2, 128) > 0.3
-    graph = flex_graph(oracle, lambda b, h, q, k: (q >= k) & valid[b, k])
-    visible = MaskProver().prove_predicate(flex_predicate(graph), Sizes(*map(size_expression, (2, 3, 128, 128))))
-    assert visible.describe() == "causal, padding"
-    assert visible.scope.graph_module is graph
 
 
 def test_a_body_that_writes_its_operand_counts_as_a_writer(oracle):
