@@ -28,8 +28,10 @@ def mean_compress(tokens: Tensor, block_length: int, block_stride: int) -> Tenso
     if count_compressed(tokens.shape[2], block_length, block_stride) == 0:
         return tokens[:, :, :0].contiguous()
     accumulate = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    # Cast first: Inductor fuses the cast, and the gradient of `unfold` would else be added up in half precision.
-    sums = tokens.to(accumulate).unfold(2, block_stride, block_stride).sum(-1)
+    num_chunks = tokens.shape[2] // block_stride
+    chunks = tokens.narrow(2, 0, num_chunks * block_stride).unflatten(2, (num_chunks, block_stride))
+    # Cast first: Inductor fuses the cast, and the gradients of neighbouring blocks are added up in float32.
+    sums = chunks.to(accumulate).sum(3)
     total = functools.reduce(torch.add, iterate_neighbours(sums, 2, block_length // block_stride))
     return (total / block_length).to(tokens.dtype)
 

@@ -1,0 +1,171 @@
+"""Trains a model with learned parts in several processes; run by test_attach_distributed.py, a process for each rank.
+
+Each check is a function of the rank that returns what the test compares; rank 0 writes the results to a file.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from nsa_compile import NSAConfig, attach, nsa_attention, rewrite
+
+WIDTH, HEADS = 16, 4
+CONFIG = NSAConfig(
+    block_length=8,
+    block_stride=4,
+    selection_block=8,
+    num_selected=3,
+    window=8,
+    combine="gated",
+    compression="mlp",
+    branch_kv="independent",
+)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+
+    def forward(self, states: Tensor) -> Tensor:
+        heads = [p(states).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q, self.k, self.v)]
+        attended = functional.scaled_dot_product_attention(*heads, is_causal=True)
+        return states + self.out(attended.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, states: Tensor) -> Tensor:
+        for layer in self.layers:
+            states = layer(states)
+        return states
+
+
+def make() -> Model:
+    torch.manual_seed(0)
+    model = Model()
+    attach(model, CONFIG, batch(), start="scratch")
+    return model
+
+
+def batch() -> Tensor:
+    return torch.randn(4, 40, WIDTH, generator=torch.Generator().manual_seed(5))
+
+
+def compiled_ahead(graph_module: Any, inputs: list[Any]) -> Any:
+    """The backend, with AOTAutograd and without Inductor."""
+    rewrite(graph_module)
+    return aot_eager(graph_module, inputs)
+
+
+def train(run: Callable[[Tensor], Tensor], parameters: Any, states: Tensor) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(2):
+        run(states).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def data_parallel(rank: int) -> dict[str, Any]:
+    """Two processes with half of the batch each."""
+    model = make()
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, wrapped.parameters(), batch().chunk(2)[rank])
+    return {"state": model.state_dict(), "output": model(batch()).detach()}
+
+
+def data_parallel_compiled(rank: int) -> dict[str, Any]:
+    """The model is compiled, then wrapped."""
+    model = make()
+    wrapped = DistributedDataParallel(torch.compile(model, backend=compiled_ahead))
+    train(wrapped, wrapped.parameters(), batch().chunk(2)[rank])
+    return {"state": model.state_dict(), "output": model(batch()).detach()}
+
+
+def _sharded(rank: int, *, compiled: bool) -> dict[str, Any]:
+    model = make()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+        if compiled:
+            layer.compile(backend=compiled_ahead)
+    fully_shard(model, mesh=mesh)
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    train(model, model.parameters(), batch().chunk(2)[rank])
+    output = model(batch()).detach()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {"state": state, "output": output, "sharded": sharded}
+
+
+def sharded(rank: int) -> dict[str, Any]:
+    """`fully_shard`, not compiled."""
+    return _sharded(rank, compiled=False)
+
+
+def sharded_compiled(rank: int) -> dict[str, Any]:
+    """`fully_shard`, each layer compiled."""
+    return _sharded(rank, compiled=True)
+
+
+def tensor_parallel(rank: int) -> dict[str, Any]:
+    """The operator with heads, or batches, spread over the processes; outputs and gradients in every mode."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    generator = torch.Generator().manual_seed(3)
+    made = {
+        "query": torch.randn(2, 8, 40, 8, generator=generator),
+        "key": torch.randn(2, 4, 40, 8, generator=generator),
+        "value": torch.randn(2, 4, 40, 6, generator=generator),
+        "gates": torch.rand(2, 8, 40, 3, generator=generator),
+    }
+    worst = {}
+    for combine in ("joint", "gated"):
+        names = [name for name in made if combine == "gated" or name != "gates"]
+        sizes = CONFIG.replace(combine=combine, compression="mean", branch_kv="shared")
+        for label, placement in (("heads", Shard(1)), ("batch", Shard(0)), ("whole", Replicate())):
+            whole = {name: made[name].clone().requires_grad_() for name in names}
+            spread = {name: distribute_tensor(made[name], mesh, [placement]).requires_grad_() for name in names}
+            expected, output = (nsa_attention(**tensors, config=sizes) for tensors in (whole, spread))
+            assert isinstance(output, DTensor)
+            assert output.placements == (placement,)
+            expected.square().sum().backward()
+            output.square().sum().backward()
+            errors = [(output.full_tensor() - expected).abs().max().item()]
+            for name in names:
+                assert spread[name].grad.placements == (placement,), (label, name)
+                errors.append((spread[name].grad.full_tensor() - whole[name].grad).abs().max().item())
+            worst[f"{combine} {label}"] = max(errors)
+    return worst
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (data_parallel, data_parallel_compiled, sharded, sharded_compiled, tensor_parallel)
+}
+
+
+def main(path: str, *names: str) -> None:
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    results = {name: CHECKS[name](rank) for name in names}
+    if rank == 0:
+        torch.save(results, path)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
