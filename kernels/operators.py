@@ -148,8 +148,7 @@ def _fake_select_blocks(
 
 
 def _fake_branch(query: Tensor, _key: Tensor, value: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, num_queries, _ = query.shape
-    output = query.new_empty((batch, num_queries, heads, value.shape[3])).transpose(1, 2)
+    output = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return output, query.new_empty(query.shape[:3], dtype=lse_dtype)
 

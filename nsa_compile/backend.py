@@ -11,10 +11,12 @@ from typing import Any
 from torch import fx
 
 from nsa_compile import compat
+from nsa_compile.buffers import BufferReader
 from nsa_compile.cache import with_cache_key
 from nsa_compile.config import NSAConfig
+from nsa_compile.lowering import register_templates
 from nsa_compile.report import RewriteReport
-from nsa_compile.rewriting import check_config, rewrite_graph
+from nsa_compile.rewriting import check_config, copy_graph, rewrite_graph
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +83,15 @@ class NSABackend:
             InternalError: a pass failed, which is a bug of nsa_compile.
             RuntimeError: Inductor knows no such mode or option.
         """
+        reader = BufferReader(graph_module, example_inputs)
+        dense = copy_graph(graph_module) if reader.may_read else graph_module
         with compat.users_errors():
             config, inductor_options = self._split(options or {})
-            _rewrite_and_report(graph_module, config)
+            _rewrite_and_report(graph_module, config, reader)
+        register_templates()
         patches = with_cache_key(compat.inductor_patches(mode, inductor_options), config)
-        return compat.compile_with_inductor(graph_module, example_inputs, patches)
+        compiled = compat.compile_with_inductor(graph_module, example_inputs, patches)
+        return reader.watched(compiled, dense) if reader.has_read else compiled
 
     def _split(self, options: Mapping[str, Any]) -> tuple[NSAConfig, dict[str, Any]]:
         """Separates this package's options from Inductor's."""
@@ -131,10 +137,10 @@ def collect_reports() -> Iterator[list[RewriteReport]]:
         _collected.reset(token)
 
 
-def _rewrite_and_report(graph_module: fx.GraphModule, config: NSAConfig) -> None:
+def _rewrite_and_report(graph_module: fx.GraphModule, config: NSAConfig, reader: BufferReader) -> None:
     collected = _collected.get()
     is_wanted = collected is not None or logger.isEnabledFor(logging.DEBUG) or compat.is_traced()
-    report = rewrite_graph(graph_module, config, keep_code=is_wanted)
+    report = rewrite_graph(graph_module, config, keep_code=is_wanted, read_constant=reader)
     if collected is not None:
         collected.append(report)
     _log(report)

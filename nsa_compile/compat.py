@@ -199,3 +199,109 @@ def _fresh_dynamic_sizes() -> Iterator[None]:
         yield
     finally:
         pgo._CODE_STATE = saved
+
+
+class TemplateTools:
+    """What lowering an operator to a Triton template takes of Inductor; `template_tools` makes one.
+
+    Tensors are nodes of Inductor's graph here, and sizes numbers or symbols.
+    """
+
+    def __init__(self) -> None:
+        from torch._inductor import config, ir, lowering, select_algorithm
+        from torch._inductor.virtualized import V
+
+        self._config = config
+        self._graph = V
+        self._lowerings = lowering.lowerings
+        self._register = lowering.register_lowering
+        self._fallback = lowering.fallback_handler
+        self._empty = lowering.empty_strided
+        self._needs_realized_inputs = lowering.add_needs_realized_inputs
+        self._fixed_layout = ir.FixedLayout
+        self._contiguous_strides = ir.FlexibleLayout.contiguous_strides
+        self._template = select_algorithm.TritonTemplate
+        self._grid = select_algorithm.SymbolicGridFn
+        self._autotune = select_algorithm.autotune_select_algorithm
+        self._realize = select_algorithm.realize_inputs
+        self._example = select_algorithm.AlgorithmSelectorCache.benchmark_example_value
+
+    def register(self, operator: Any, function: Callable[..., Any]) -> None:
+        """Makes `function` what Inductor calls for the operator."""
+        self._register(operator, type_promotion_kind=None)(function)
+
+    def reads_memory(self, operators: Sequence[Any]) -> None:
+        """Makes what the operators read be computed once; Inductor learns it by itself only after the first one."""
+        self._needs_realized_inputs(list(operators))
+
+    def opaque(self, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        """Returns the results of an operator that is called as it is."""
+        return self._fallback(operator, add_to_fallback_set=False)(*args, **kwargs)
+
+    def template(self, name: str, grid: Callable[..., tuple[Any, Any, Any]], source: str) -> Any:
+        """Returns the template of a name, which is made once in a process."""
+        return self._template.all_templates.get(name) or self._template(name, self._grid(grid), source)
+
+    @property
+    def autotunes(self) -> bool:
+        """Whether `max_autotune` is asked for."""
+        return bool(self._config.max_autotune)
+
+    def fixed_size(self, size: Any) -> int:
+        """Returns a size as a number; compiled code is then good for this number only."""
+        return int(self._graph.graph.sizevars.guard_int(size))
+
+    def realized(self, tensor: Any) -> Any:
+        """Returns a tensor that stands in memory, its last dimension contiguous."""
+        return self._realize(tensor)
+
+    def empty(self, size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
+        """Returns new memory for a kernel to write."""
+        tensor = self._empty(size, None, dtype=dtype, device=device)
+        tensor.realize()
+        return tensor
+
+    def contiguous_layout(self, size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
+        """Returns the layout of a contiguous tensor."""
+        return self._fixed_layout(device, dtype, list(size), self._contiguous_strides(size))
+
+    def permuted(self, tensor: Any, dims: Sequence[int]) -> Any:
+        """Returns a view with the dimensions in another order."""
+        return self._lowerings[torch.ops.aten.permute.default](tensor, list(dims))
+
+    def chosen(
+        self, name: str, choices: list[Any], inputs: list[Any], layout: Any, fills: Mapping[int, Callable[..., Any]]
+    ) -> Any:
+        """Returns the output of the fastest choice; a single one is taken untimed.
+
+        Args:
+            name: under which Inductor remembers what was fastest.
+            choices: generated kernels.
+            inputs: their tensors.
+            layout: their output's.
+            fills: position of an input -> what writes values into a tensor, where random ones will not do for timing.
+        """
+
+        def example(fill: Callable[..., Any]) -> Callable[[Any], torch.Tensor]:
+            def generate(node: Any) -> torch.Tensor:
+                tensor = self._example(node)
+                fill(tensor)
+                return tensor
+
+            return generate
+
+        generators = {position: example(fill) for position, fill in fills.items()}
+        # Choosing later, together with the epilogue, would lose what the kernel writes beside its output.
+        result = self._autotune(
+            name, choices, inputs, layout, input_gen_fns=generators or None, return_multi_template=False
+        )
+        return result[0] if isinstance(result, tuple) else result  # since torch 2.13 with the choice
+
+
+def template_tools() -> TemplateTools | None:
+    """Returns what lowering to Triton templates takes; None, with a warning, in a torch that lacks a part of it."""
+    try:
+        return TemplateTools()
+    except (ImportError, AttributeError) as error:
+        logger.warning("torch %s: %s; kernels are not fused with what follows them.", torch.__version__, error)
+        return None
