@@ -24,6 +24,11 @@ SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(("clip", "clamp_", "clamp_min", "clip_"), "clamp"),
     "nan_to_num_": "nan_to_num",
     "tanh_": "tanh",
+    **dict.fromkeys(("exp_", "special_exp"), "exp"),
+    **dict.fromkeys(("exp2_", "special_exp2"), "exp2"),
+    **dict.fromkeys(("_log_softmax", "special_log_softmax"), "log_softmax"),
+    "special_logsumexp": "logsumexp",
+    "reciprocal_": "reciprocal",
     **dict.fromkeys(("concat", "concatenate"), "cat"),
     **dict.fromkeys(("_to_copy", "type", "type_as", "float", "half", "bfloat16", "double"), "to"),
     "convert_element_type": "to",
@@ -56,6 +61,12 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "amax": ("input", "dim", "keepdim"),
     "nan_to_num": ("input", "nan", "posinf", "neginf"),
     "tanh": ("input",),
+    "exp": ("input",),
+    "exp2": ("input",),
+    "log_softmax": ("input", "dim", "dtype"),
+    "logsumexp": ("input", "dim", "keepdim"),
+    "sum": ("input", "dim", "keepdim", "dtype"),
+    "reciprocal": ("input",),
     "cat": ("tensors", "dim"),
     "to": ("input",),
 }  # fmt: skip
@@ -68,6 +79,8 @@ _PARAMETER_SYNONYMS: Mapping[str, str] = {
     "train": "training",
     "half_to_float": "dtype",
     "y": "other",
+    "axis": "dim",
+    "keepdims": "keepdim",
 }
 # Keyword arguments that say nothing about the value.
 _IGNORED = frozenset(("_stacklevel", "memory_format", "copy", "non_blocking", "layout", "pin_memory"))

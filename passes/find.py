@@ -4,6 +4,7 @@ from torch import fx
 
 from nsa_compile.passes.flex import is_flex_call, read_flex_call
 from nsa_compile.passes.fused import is_fused_attention, read_fused_attention
+from nsa_compile.passes.handmade import is_exponential
 from nsa_compile.passes.multihead import (
     is_encoder_layer,
     is_multihead_call,
@@ -14,12 +15,13 @@ from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.scopes import operator_name, walk_scopes
 from nsa_compile.passes.sdpa import is_sdpa_call, read_sdpa_call
 from nsa_compile.passes.sites import AttentionSite, Reason, Rejection, Scope
-from nsa_compile.passes.softmax import is_softmax, read_softmax
+from nsa_compile.passes.softmax import is_softmax, read_exponential, read_softmax
 
 # What an attention is recognised by, and what reads it.
 _READERS = (
     (is_sdpa_call, read_sdpa_call),
     (is_softmax, read_softmax),
+    (is_exponential, read_exponential),
     (is_flex_call, read_flex_call),
     (is_multihead_call, read_multihead_call),
     (is_encoder_layer, read_encoder_layer),

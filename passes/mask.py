@@ -22,11 +22,11 @@ from torch import fx
 from nsa_compile.passes.mask_values import MaskValues
 from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.additive import unbiased
-from nsa_compile.passes.predicate.cases import combine, formula_of
+from nsa_compile.passes.predicate.cases import Cases, cases_of, combine, formula_of
 from nsa_compile.passes.predicate.causes import cause_of_bias, is_selection
 from nsa_compile.passes.predicate.emission import EmittedInterval, emit, is_plain_causal, sizes_needed
 from nsa_compile.passes.predicate.facts import decide
-from nsa_compile.passes.predicate.formula import compare, conjunction, map_atoms, negation
+from nsa_compile.passes.predicate.formula import compare, conjunction, disjunction, map_atoms, negation
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder, HeldSizes
 from nsa_compile.passes.predicate.interpreter import ConstantReader, Interpreter
 from nsa_compile.passes.predicate.interval import Interval, Limit, Refusal, Sizes, read_interval
@@ -170,6 +170,8 @@ class MaskProver:
             return negation(formula_of(value))
         if mask.kind is MaskKind.ALLOWED:
             return formula_of(value)
+        if mask.kind is MaskKind.WEIGHT:
+            return self._weighed(mask, cases_of(value))
         factor = number_expression(mask.factor)
         allowed, bias = unbiased(combine(lambda bias: bias * factor, value))
         if bias is None:
@@ -179,6 +181,16 @@ class MaskProver:
         what = text(bias) + (f", and {leaves[0].name} is data: {leaves[0].cause}" if leaves else "")
         nodes = tuple(leaf.written_by for leaf in leaves) or (mask.node,)
         return Rejection(reason, f"{mask.node.name} adds to the scores {what}.", nodes)
+
+    def _weighed(self, mask: Mask, cases: Cases) -> Formula | Rejection:
+        """Where a mask that multiplies the weights is 1; elsewhere it has to be 0."""
+        others = [weight for _, weight in cases if weight not in (0, 1)]
+        if not others:
+            return disjunction(*(condition for condition, weight in cases if weight == 1))
+        leaves = self._leaves(others[:1])
+        sentence = f"{mask.node.name} multiplies attention weights by {text(others[0])}, not proved to be 0 or 1."
+        nodes = tuple(leaf.written_by for leaf in leaves) or (mask.node,)
+        return Rejection(Reason.PROBABILITIES_CHANGED, sentence, nodes)
 
     def _read(
         self, formula: Formula, sizes: Sizes, scope: Scope, masks: tuple[Mask, ...], reader: fx.Node

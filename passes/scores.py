@@ -94,15 +94,16 @@ class ScoreReader:
         self._site = site
         self._product = product
 
-    def read(self, node: fx.Node, dims: Dimensions, reader: fx.Node) -> Scores | Problem:
+    def read(self, node: fx.Node, dims: Dimensions, reader: fx.Node, scale: float = 1.0) -> Scores | Problem:
         """Reads backwards from the softmax's input.
 
         Args:
             node: the input.
             dims: its dimensions.
             reader: the softmax.
+            scale: what the input is multiplied by: log 2 for a softmax of powers of 2.
         """
-        return self._follow(_State(node, dims), reader)
+        return self._follow(_State(node, dims, scale), reader)
 
     def _follow(self, state: _State, reader: fx.Node) -> Scores | Problem:
         while True:
@@ -219,10 +220,8 @@ class ScoreReader:
         outcomes: list[_State | Problem] = []
         for scores, other in self._operands(state, bound, commutes=sign == 1):
             factor = number_of(bound.get("alpha", 1))
-            if self._constant(other, state) is not None or (
-                sign == -1 and self._is_stabilizer(other, scores, state.dims)
-            ):
-                # The same for all keys: the softmax does not see it.
+            if self._constant(other, state) is not None or self._is_same_for_all_keys(other, state):
+                # The softmax does not see it.
                 return [state.back_to(scores)]
             if factor is None or tensor_of(other) is None or recorded_dtype(other).is_complex:
                 outcomes.append(Problem(Reason.UNKNOWN_SPELLING, f"{state.node} adds {other}.", (state.node,)))
@@ -236,16 +235,10 @@ class ScoreReader:
         problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
         return problems[0] if problems else Problem(Reason.UNKNOWN_SPELLING, sentence, (state.node,))
 
-    def _is_stabilizer(self, other: Any, scores: fx.Node, dims: Dimensions) -> bool:
-        """Whether a subtrahend is the scores' own maximum, as kept from overflow by hand."""
-        while isinstance(other, fx.Node) and operation(other) in ("detach", "getitem", "to"):
-            other = other.args[0]
-        if not isinstance(other, fx.Node) or operation(other) not in ("amax", "max"):
-            return False
-        bound = arguments(other) or {}
-        dim = bound.get("dim", bound.get("other"))
-        is_over_keys = isinstance(dim, int) and leaves(dims[dim]) == leaves(self._keys)
-        return bound.get("input") is scores and is_over_keys
+    def _is_same_for_all_keys(self, other: Any, state: _State) -> bool:
+        """Whether what is added is one number for each query, such as the scores' maximum."""
+        dims = broadcast_dimensions(other, state.dims) if tensor_of(other) is not None and self._keys else None
+        return dims is not None and not self._has_keys(dims)
 
     def _filled(self, state: _State, bound: _Bound) -> _Outcome:
         return self._hidden(state, bound["input"], bound["mask"], MaskKind.BLOCKED, bound["value"])

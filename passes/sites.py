@@ -61,6 +61,7 @@ class MaskKind(enum.Enum):
 
     ALLOWED = "allowed"  # bool, true where the key is visible
     BLOCKED = "blocked"  # bool, true where the key is hidden
+    WEIGHT = "weight"  # a number, 1 where the key is visible, 0 where it is hidden
     ADDITIVE = "additive"  # float, 0 where the key is visible, minus infinity or nearly so where it is hidden
 
 

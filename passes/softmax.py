@@ -8,9 +8,10 @@ heads may come first or second, be flattened into the batch or split into groups
 from torch import fx
 
 from nsa_compile.passes.assemble import assemble
-from nsa_compile.passes.axes import Axis, Dimension, Dimensions, dimensions, flat, leaves
+from nsa_compile.passes.axes import Axis, Dimension, dimensions, flat, leaves
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.contractions import contracted, is_contraction, read_contraction
+from nsa_compile.passes.handmade import Softmax, read_handmade
 from nsa_compile.passes.layout import LabelledTensor
 from nsa_compile.passes.metadata import dtype_of, is_parameter, place_of, shape_of
 from nsa_compile.passes.parts import Parts, Problem
@@ -18,7 +19,7 @@ from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.probabilities import Weighting, follow_probabilities, is_redundant
 from nsa_compile.passes.repetition import sources
 from nsa_compile.passes.scores import ScoreReader, Scores
-from nsa_compile.passes.sites import AttentionSite, Reason, Rejection, Scope
+from nsa_compile.passes.sites import AttentionSite, MaskKind, Reason, Rejection, Scope
 from nsa_compile.passes.views import is_view
 
 SPELLING = "softmax(Q Kᵀ) V"
@@ -44,69 +45,90 @@ def read_softmax(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite |
         The site, its masks unproved; why it cannot be one; None where the softmax is no attention's.
     """
     bound = arguments(node) or {}
-    scores_node, dim = bound.get("input"), bound.get("dim")
-    shape = shape_of(scores_node)
-    if not isinstance(scores_node, fx.Node) or shape is None or not isinstance(dim, int):
+    scores, dim = bound.get("input"), bound.get("dim")
+    shape = shape_of(scores)
+    if not isinstance(scores, fx.Node) or shape is None or not isinstance(dim, int):
         return None
-    if not _is_between_products(node):
+    dims = dimensions(shape)
+    return _site(Softmax(node, scores, node, dims, dim % len(dims)), scope, writes)
+
+
+def read_exponential(node: fx.Node, scope: Scope, writes: Writes) -> AttentionSite | Rejection | None:
+    """Reads the attention around a softmax that is made by hand; None where powers are not divided by their sum.
+
+    Args:
+        node: a node for which `is_exponential` holds.
+        scope: the graph that holds it.
+        writes: the in-place writes of that graph.
+    """
+    softmax = read_handmade(node, writes)
+    return None if softmax is None else _site(softmax, scope, writes)
+
+
+def _site(softmax: Softmax, scope: Scope, writes: Writes) -> AttentionSite | Rejection | None:
+    if not _is_between_products(softmax.node):
         return None
-    parts = _read(node, scores_node, dimensions(shape), dim, writes)
+    parts = _read(softmax, writes)
     if isinstance(parts, Problem):
-        place = place_of(node, scope, SPELLING)
-        return Rejection(parts.reason, parts.sentence, parts.nodes or (node,), place)
+        place = place_of(softmax.node, scope, SPELLING)
+        return Rejection(parts.reason, parts.sentence, parts.nodes or (softmax.node,), place)
     return assemble(parts, place_of(parts.output.node, scope, SPELLING), writes)
 
 
-def _read(softmax: fx.Node, scores_node: fx.Node, dims: Dimensions, dim: int, writes: Writes) -> Parts | Problem:
-    keys = dims[dim]
-    if not keys:
+def _read(softmax: Softmax, writes: Writes) -> Parts | Problem:
+    if not softmax.keys:
         return Problem(Reason.UNSUPPORTED_SHAPE, "There is a single key.")
-    weighting = follow_probabilities(softmax, dims, keys, writes)
+    weighting = follow_probabilities(softmax, writes)
     # Read the scores even if the probabilities cannot be followed: what is wrong with them says more.
-    site = weighting.product.node if isinstance(weighting, Weighting) else softmax
-    scores = ScoreReader(keys, writes, site).read(scores_node, dims, softmax)
+    site = weighting.output.node if isinstance(weighting, Weighting) else softmax.node
+    reader = ScoreReader(softmax.keys, writes, site)
+    scores = reader.read(softmax.scores, softmax.dims, softmax.reader, softmax.scale)
     if isinstance(scores, Problem):
         return scores
     if isinstance(weighting, Problem):
         return weighting
-    for refill in weighting.refills:
-        if not is_redundant(refill, scores, scores_node):
-            sentence = f"Probabilities are set to 0 where {refill[0]} says, which is no mask of the scores."
-            return Problem(Reason.PROBABILITIES_CHANGED, sentence, (refill[0],))
-    return _parts(scores, weighting, dims, dim, writes)
+    for mask, kind in weighting.refills:
+        if not is_redundant((mask, kind), scores, softmax.scores):
+            done = "multiplied by" if kind is MaskKind.WEIGHT else "set to 0 where it says"
+            sentence = f"Probabilities are {done} {mask}, which is no mask of the scores."
+            return Problem(Reason.PROBABILITIES_CHANGED, sentence, (mask,))
+    return _parts(scores, weighting, softmax, writes)
 
 
-def _parts(scores: Scores, weighting: Weighting, dims: Dimensions, dim: int, writes: Writes) -> Parts | Problem:
-    key_axes = set(leaves(dims[dim]))
-    product, site = scores.contraction, weighting.product.node
+def _parts(scores: Scores, weighting: Weighting, softmax: Softmax, writes: Writes) -> Parts | Problem:
+    key_axes = set(leaves(softmax.keys))
+    product, output = scores.contraction, weighting.output
     sides = [(product.left, product.right), (product.right, product.left)]
     found = [(query, key) for query, key in sides if key_axes <= key.axes and key_axes.isdisjoint(query.axes)]
     if len(found) != 1:
         return Problem(Reason.UNKNOWN_SPELLING, f"The softmax of {product.node} is not over keys.", (product.node,))
     (query, key), value = found[0], weighting.value
     depth = contracted(product)
-    for operand in (query, key, *(factor.tensor for factor in scores.factors)):
-        written = writes.between(operand.node, writes.position(product.node), writes.position(site))
-        if any(True for _ in written):
-            sentence = f"{operand.node} is written in place before the product with the values."
-            return Problem(Reason.UNKNOWN_SPELLING, sentence, (operand.node,))
+    place = writes.position
+    read = [(each.node, product.node) for each in (query, key, *(factor.tensor for factor in scores.factors))]
+    read += [(value.node, weighting.product.node), *((each.tensor.node, softmax.node) for each in weighting.masks)]
+    for operand, reader in read:
+        if any(True for _ in writes.between(operand, place(reader), place(output.node))):
+            sentence = f"{operand} is written in place before the attention's result is there."
+            return Problem(Reason.UNKNOWN_SPELLING, sentence, (operand,))
+    masks = (*scores.masks, *weighting.masks)
     only_queries = [axis for axis in flat(query.dims) if axis not in {*depth, *key.axes, *value.axes}]
-    masked = set().union(*(sources(mask.tensor, site, writes)[-1].axes for mask in scores.masks))
-    length = _length(only_queries, [axis for axis in only_queries if axis in masked], _rows(scores, query, dims, dim))
+    masked = set().union(*(sources(mask.tensor, output.node, writes)[-1].axes for mask in masks))
+    rows = _rows(scores, query, softmax)
     return Parts(
         query=query,
         key=key,
         value=value,
-        output=LabelledTensor(site, weighting.product.dims),
-        length=length,
-        keys=dims[dim],
+        output=output,
+        length=_length(only_queries, [axis for axis in only_queries if axis in masked], rows),
+        keys=softmax.keys,
         depth=depth,
-        value_depth=tuple(axis for axis in flat(weighting.product.dims) if axis not in flat(dims)),
-        masks=scores.masks,
+        value_depth=tuple(axis for axis in flat(weighting.product.dims) if axis not in flat(softmax.dims)),
+        masks=masks,
         scale=scores.scale,
         symbolic_scales=scores.symbolic_scales,
         factors=scores.factors,
-        is_autocast=any(map(_casts_operands, (product.node, site))),
+        is_autocast=any(map(_casts_operands, (product.node, weighting.product.node))),
     )
 
 
@@ -116,11 +138,11 @@ def _casts_operands(product: fx.Node) -> bool:
     return read is not None and any(dtype_of(operand.node) != dtype_of(product) for operand in (read.left, read.right))
 
 
-def _rows(scores: Scores, query: LabelledTensor, dims: Dimensions, dim: int) -> Dimension:
+def _rows(scores: Scores, query: LabelledTensor, softmax: Softmax) -> Dimension:
     """The axes that stand where query positions usually stand: rows of the product, or the dimension before keys."""
     product = scores.contraction
     if operation(product.node) == "einsum":
-        return dims[dim - 1] if dim % len(dims) else ()
+        return softmax.dims[softmax.dim - 1] if softmax.dim else ()
     return query.dims[-2] if query is product.left else query.dims[-1]
 
 

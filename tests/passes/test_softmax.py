@@ -268,11 +268,6 @@ def weights_used_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v + weights @ k
 
 
-def renormalized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = probabilities(q, k) * causal()
-    return weights / weights.sum(-1, keepdim=True) @ v
-
-
 def with_mask_in_a_filled_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     bias = torch.zeros(T, T)
     bias.masked_fill_(hidden(), -torch.inf)
@@ -295,10 +290,6 @@ DECLINED = {
     "head-mask": (
         Reason.PROBABILITIES_CHANGED,
         lambda q, k, v: (probabilities(q, k) * q.new_tensor([1.0, 1, 0, 1])[:, None, None]) @ v,
-    ),
-    "renormalized": (
-        Reason.PROBABILITIES_CHANGED,
-        renormalized,
     ),
     "another-refill": (
         Reason.PROBABILITIES_CHANGED,
