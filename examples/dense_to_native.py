@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from native_training.corpus import token_stream
-from native_training.training import next_token_loss, optimizer_for, progress
+from native_training.training import backend_for, next_token_loss, optimizer_for, progress
 from quickstart import load, packaged_model
 from torch import Tensor, nn
 
-from nsa_compile import NSABackend, NSAConfig, attach
+from nsa_compile import NSAConfig, attach
 from nsa_compile.attach import learned_parts
 
 PAPER = NSAConfig(combine="gated", compression="mlp", branch_kv="independent", min_keys=0)
@@ -47,20 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         results[name] = evaluate(compiled, text.held_out, options.device)
         progress(f"{name}: {results[name]:.4f}")
 
-    model.base_model.compile(dynamic=False)
+    model.base_model.compile(backend=backend_for(None, options.eager), dynamic=False)
     note("dense", model)
     joint = dataclasses.replace(options.config, combine="joint", compression="mean", branch_kv="shared")
-    model.base_model.compile(backend=NSABackend(joint), dynamic=False)
+    model.base_model.compile(backend=backend_for(joint, options.eager), dynamic=False)
     note("joint, no training", model)
 
     native = copy.deepcopy(model)
     attach(native.base_model, options.config, text.held_out[:1, :-1].to(options.device), start="dense")
-    native.base_model.compile(backend=NSABackend(options.config), dynamic=False)
+    native.base_model.compile(backend=backend_for(options.config, options.eager), dynamic=False)
     note("gated, no training", native)
     train(native, text, options)
     note(f"gated, {options.steps} steps", native)
     if options.control:
-        model.base_model.compile(dynamic=False)
+        model.base_model.compile(backend=backend_for(None, options.eager), dynamic=False)
         train(model, text, options)
         note(f"dense, {options.steps} steps", model)
     print(table(results, options))
@@ -79,6 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learned-rate", type=float, default=1e-3, help="of the learned parts")
     parser.add_argument("--num-selected", type=int, default=16)
     parser.add_argument("--no-control", dest="control", action="store_false", help="do not train the dense model too")
+    parser.add_argument("--eager", action="store_true", help="run the graphs as they are, without Inductor")
     parser.add_argument("--model", type=Path, help="a GGUF file, or a folder that transformers can load")
     options = parser.parse_args(arguments)
     is_gpu = torch.device(options.device).type == "cuda"
@@ -101,7 +102,7 @@ class Text:
 
     def __init__(self, tokenizer: Any, options: argparse.Namespace) -> None:
         self._options = options
-        end = int(tokenizer.eos_token_id)
+        end = tokenizer.eos_token_id or 0
 
         def encode(texts: list[str]) -> list[list[int]]:
             return tokenizer(texts, add_special_tokens=False).input_ids

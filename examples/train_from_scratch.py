@@ -21,10 +21,10 @@ from native_training.charts import draw_comparison
 from native_training.corpus import PACKAGES, token_stream, train_tokenizer
 from native_training.facts import plant, retrieval_rates
 from native_training.model import Decoder, ModelConfig
-from native_training.training import likeliest, next_token_loss, optimizer_for, progress
+from native_training.training import backend_for, likeliest, next_token_loss, optimizer_for, progress
 from torch import Tensor, nn
 
-from nsa_compile import NSABackend, NSAConfig, attach
+from nsa_compile import NSAConfig, attach
 
 PAPER = NSAConfig(combine="gated", compression="mlp", branch_kv="independent", min_keys=0)
 # Small blocks for the toy, so that there is something to choose from.
@@ -80,9 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
         model = Decoder(options.model).to(options.device)
         if name == "NSA":
             attach(model, options.config, data.training[: options.tokens][None].to(options.device), start="scratch")
-            model.compile(backend=NSABackend(options.config), dynamic=False)
-        else:
-            model.compile(dynamic=False)
+        config = options.config if name == "NSA" else None
+        model.compile(backend=backend_for(config, options.eager), dynamic=False)
         outcomes[name] = Run(name, model, data, options).outcome()
         torch.compiler.reset()
     save(outcomes, options)
@@ -103,6 +102,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="questions for each length and depth")
     parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
     parser.add_argument("--only", nargs="*", choices=["dense", "NSA"], help="one of the two runs")
+    parser.add_argument("--eager", action="store_true", help="run the graphs as they are, without Inductor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the outcomes")
     options = parser.parse_args(arguments)
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "samples": 8,
         "time_at": [8192, 16384, 32768],
     }
-    toy: dict[str, Any] = {"tokens": 192, "batch": 4, "steps": 20, "facts": 2, "log": 5, "samples": 1, "time_at": [192]}
+    toy: dict[str, Any] = {"tokens": 256, "batch": 4, "steps": 20, "facts": 2, "log": 5, "samples": 1, "time_at": [256]}
     for name, value in (gpu if is_gpu else toy).items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -1,8 +1,7 @@
-"""Pictures of the outcomes; `python charts.py results/train_from_scratch.json` draws one on another machine."""
+"""Pictures of what the examples measured, drawn from the JSON files that they write."""
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 
@@ -47,5 +46,39 @@ def draw_comparison(path: Path) -> Path | None:
     return picture
 
 
-if __name__ == "__main__":
-    print(draw_comparison(Path(sys.argv[1])) or "matplotlib is not installed")
+def draw_speed(path: Path) -> Path | None:
+    """Draws the time of dense attention and of NSA over the length.
+
+    Args:
+        path: the JSON file that `speed_by_length.py` wrote.
+
+    Returns:
+        The picture, beside the file; None where matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    measured = json.loads(path.read_text())
+    lengths = [each["shape"]["tokens"] for each in measured]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for place, direction in zip(axes, ("forward", "forward+backward"), strict=True):
+        times = [{stage["name"]: stage["milliseconds"] for stage in each["stages"]} for each in measured]
+        names = [name for name in times[0] if name.endswith(f" {direction}")]
+        for name in names:
+            style = "o-" if name.startswith("nsa") else "s--"
+            place.plot(lengths, [each.get(name) for each in times], style, label=name.removesuffix(f" {direction}"))
+        place.set(
+            xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=f"{measured[0]['device']}: {direction}"
+        )
+        place.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
+        place.minorticks_off()
+        place.grid(alpha=0.3)
+        place.legend()
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    return picture

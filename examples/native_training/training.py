@@ -1,15 +1,35 @@
-"""What every training run needs: the optimizer and its schedule, autocast, the loss in chunks, and a clock."""
+"""What every training run needs: a backend, the optimizer and its schedule, autocast, the loss in chunks, a clock."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nsa_compile import NSABackend, NSAConfig, rewrite
+
 # A vocabulary is large: logits are made for this many positions at a time.
 _CHUNK = 2048
+
+
+def backend_for(config: NSAConfig | None, eager: bool) -> Any:
+    """Returns a backend for `torch.compile`.
+
+    Args:
+        config: of NSA; None for dense attention.
+        eager: run the graphs as they are, rewritten but not compiled: slower, and starts at once.
+    """
+    if not eager:
+        return "inductor" if config is None else NSABackend(config)
+
+    def run_rewritten(graph_module: torch.fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if config is not None:
+            rewrite(graph_module, config)
+        return graph_module.forward
+
+    return run_rewritten
 
 
 def optimizer_for(model: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:

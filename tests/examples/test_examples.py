@@ -66,6 +66,14 @@ def test_train_a_tiny_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 of 2 attentions rewritten" in capsys.readouterr().out
 
 
+def test_attach_and_train_begins_where_the_dense_model_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = load("attach_and_train").main(["--dense-steps", "8", "--native-steps", "6"])
+    assert losses["native, as attached"] == pytest.approx(losses["dense"], abs=0.02)
+    assert losses["native, trained on"] < losses["native, as attached"] - 0.1
+    assert losses["saved and loaded"] == pytest.approx(losses["native, trained on"], abs=1e-6)
+    assert "learned parts in layers.0, layers.1" in capsys.readouterr().out
+
+
 @pytest.fixture
 def tiny_checkpoint(tmp_path: Path) -> Path:
     """A checkpoint folder with a Llama of random weights, whose tokens are bytes."""
@@ -103,7 +111,8 @@ def test_quickstart_runs_on_a_tiny_model(tiny_checkpoint: Path, capsys: pytest.C
 def test_facts_are_planted_twice_and_asked_for_at_their_depth() -> None:
     pytest.importorskip("tokenizers")
     load("train_from_scratch")
-    from native_training.facts import DIGITS, plant, question, retrieval_rates
+    facts: Any = sys.modules["native_training.facts"]
+    digits, plant, question, retrieval_rates = facts.DIGITS, facts.plant, facts.question, facts.retrieval_rates
 
     def encode(text: str) -> list[int]:
         return list(text.encode())
@@ -117,9 +126,9 @@ def test_facts_are_planted_twice_and_asked_for_at_their_depth() -> None:
     assert all(statements.count(statement) == 2 for statement in statements)
 
     asked, position = question(text, encode, 0.5, 300, draw)
-    prompt = bytes(asked[: position + DIGITS].tolist()).decode()
+    prompt = bytes(asked[: position + digits].tolist()).decode()
     assert len(asked) == 400
-    assert position + DIGITS + 1 == 300
+    assert position + digits + 1 == 300
     (stated, again) = re.finditer(r"the key of ([a-z]{3}) is ([0-9]{5})", prompt)
     assert stated.groups() == again.groups()
     assert stated.start() == pytest.approx(135, abs=15)
@@ -133,7 +142,7 @@ def test_facts_are_planted_twice_and_asked_for_at_their_depth() -> None:
             assert first is not None
             place = written.index(f"the key of {first[1]} is ", first.end()) + len(f"the key of {first[1]} is ")
             if first[2][0] != "7":
-                predicted[row, place - 1 : place - 1 + DIGITS] = torch.tensor(encode(first[2]))
+                predicted[row, place - 1 : place - 1 + digits] = torch.tensor(encode(first[2]))
         return predicted
 
     rates = retrieval_rates(
@@ -148,7 +157,21 @@ def test_train_from_scratch_compares_two_runs_on_the_same_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tokenizers")
-    steps = ["--device", "cpu", "--steps", "8", "--log", "2", "--tokens", "128", "--time-at", "128"]
+    steps = [
+        "--device",
+        "cpu",
+        "--steps",
+        "8",
+        "--log",
+        "2",
+        "--tokens",
+        "256",
+        "--time-at",
+        "256",
+        "--batch",
+        "1",
+        "--eager",
+    ]
     outcomes = load("train_from_scratch").main([*steps, "--out", str(tmp_path)])
     dense, sparse = outcomes["dense"], outcomes["NSA"]
     assert sparse.parameters > dense.parameters
@@ -166,10 +189,27 @@ def test_train_from_scratch_compares_two_runs_on_the_same_data(
         assert (tmp_path / "train_from_scratch.png").stat().st_size > 10_000
 
 
+def test_speed_by_length_measures_each_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--device", "cpu", "--heads", "2", "--kv-heads", "1", "--head-size", "16", "--tokens", "96", "200"]
+    example = load("speed_by_length")
+    measured = example.main([*sizes, "--out", str(tmp_path)])
+    assert [result.shape.tokens for result in measured] == [96, 200]
+    assert all(result.correct for result in measured)
+    printed = capsys.readouterr().out
+    assert f"{measured[1].speedup('forward'):.2f}x" in printed
+    assert "faster" in printed
+    assert len(json.loads((tmp_path / "speed_by_length.json").read_text())) == 2
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "speed_by_length.png").stat().st_size > 10_000
+    assert example.break_even([(1000, 0.5), (4000, 2.0)]) == pytest.approx(2000)
+    assert example.break_even([(1000, 2.0), (2000, 0.5), (4000, 2.0)]) == pytest.approx(2828, abs=1)
+    assert example.break_even([(1000, 1.5), (4000, 2.0)]) == 1000
+    assert example.break_even([(1000, 0.5), (4000, 0.9)]) is None
+
+
 def test_dense_to_native_evaluates_trains_and_compares(tiny_checkpoint: Path) -> None:
-    results = load("dense_to_native").main(
-        ["--device", "cpu", "--model", str(tiny_checkpoint), "--tokens", "600", "--steps", "3", "--num-selected", "4"]
-    )
+    sizes = ["--tokens", "600", "--steps", "3", "--num-selected", "4", "--eager"]
+    results = load("dense_to_native").main(["--device", "cpu", "--model", str(tiny_checkpoint), *sizes])
     assert list(results) == ["dense", "joint, no training", "gated, no training", "gated, 3 steps", "dense, 3 steps"]
     assert results["joint, no training"] == pytest.approx(results["dense"], abs=0.05)
     assert results["gated, no training"] == pytest.approx(results["dense"], abs=0.2)
