@@ -1,6 +1,5 @@
 """`explain`: what the backend would do to a model, without compiling it."""
 
-import copy
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,10 +8,11 @@ import torch
 from torch import fx
 
 from nsa_compile import compat
+from nsa_compile.buffers import BufferReader
 from nsa_compile.config import NSAConfig
 from nsa_compile.errors import NSAError
 from nsa_compile.report import RewriteReport
-from nsa_compile.rewriting import check_config, join_reports, rewrite_graph
+from nsa_compile.rewriting import check_config, copy_graph, join_reports, rewrite_graph
 
 
 def explain(
@@ -79,9 +79,10 @@ def _explain_whole(
     """
     reports: list[RewriteReport] = []
 
-    def record(graph_module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+    def record(graph_module: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        reader = BufferReader(graph_module, inputs)
         with compat.users_errors():
-            reports.append(rewrite_graph(graph_module, config))
+            reports.append(rewrite_graph(graph_module, config, read_constant=reader))
         return stop
 
     def stop(*_: Any) -> None:
@@ -110,24 +111,16 @@ def _explain_broken(
     """Explains a model that is several graphs, by running it with each graph dense."""
     reports: list[RewriteReport] = []
 
-    def record(graph_module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
-        reason = compat.break_reason(graph_module)
+    def record(graph_module: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        reason, graph = compat.break_reason(graph_module), copy_graph(graph_module)
+        reader = BufferReader(graph, inputs)
         with compat.users_errors():
-            reports.append(rewrite_graph(_copy(graph_module), config, break_reason=reason))
+            reports.append(rewrite_graph(graph, config, break_reason=reason, read_constant=reader))
         return graph_module.forward
 
     compat.compile_isolated(_own_copy_of_call(), record, fullgraph=False, dynamic=dynamic)(model, *args, **kwargs)
     note = f"Dynamo does not capture the model as one graph: {_first_line(why_broken)}"
     return join_reports(config, reports).with_note(note)
-
-
-def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Copies the graphs of a module and of the bodies inside it; parameters and buffers stay shared."""
-    duplicate = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    for name, child in graph_module.named_children():
-        if isinstance(child, fx.GraphModule):
-            setattr(duplicate, name, _copy(child))
-    return duplicate
 
 
 def _first_line(message: str) -> str:

@@ -1,5 +1,6 @@
 """`rewrite`: puts NSA in the place of the attentions of a graph, and reports on each."""
 
+import copy
 import dataclasses
 import logging
 from collections import Counter
@@ -15,6 +16,7 @@ from nsa_compile.passes.find import find_sites
 from nsa_compile.passes.learned import find_markers
 from nsa_compile.passes.metadata import propagate_shapes
 from nsa_compile.passes.plan import Decision, RewritePlan, plan_rewrite
+from nsa_compile.passes.predicate.interpreter import ConstantReader
 from nsa_compile.passes.rewrite import apply_plan
 from nsa_compile.passes.sites import Shape
 from nsa_compile.report import GraphReport, RewriteReport, SiteReport, UnusedParts
@@ -64,6 +66,7 @@ def rewrite_graph(
     *,
     keep_code: bool = True,
     break_reason: str | None = None,
+    read_constant: ConstantReader | None = None,
 ) -> RewriteReport:
     """Rewrites a graph in place, as `rewrite` does, for callers that have checked their arguments.
 
@@ -72,13 +75,14 @@ def rewrite_graph(
         config: the configuration.
         keep_code: put the graph's code before and after into the report, which costs time.
         break_reason: why the graph ends early, for the report.
+        read_constant: gives the values of tensors that nothing can change unnoticed.
 
     Raises:
         InternalError: a pass failed.
     """
     before = readable(graph_module) if keep_code else ""
     try:
-        plan = plan_rewrite(find_sites(graph_module), config, markers=find_markers(graph_module))
+        plan = plan_rewrite(find_sites(graph_module), config, read_constant, find_markers(graph_module))
         # The nodes are named as they were before: rewriting erases them.
         sites = tuple(map(_site_report, plan.decisions))
         unused = _unused_parts(plan)
@@ -120,6 +124,15 @@ def join_reports(config: NSAConfig, reports: Sequence[RewriteReport]) -> Rewrite
     graphs = tuple(graph for report in reports for graph in report.graphs)
     unused = tuple(parts for report in reports for parts in report.unused_parts)
     return RewriteReport(config, sites, graphs, _notes(config, sites, unused), unused)
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Copies the graphs of a module and of the bodies inside it; parameters and buffers stay shared."""
+    duplicate = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    for name, child in graph_module.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(duplicate, name, copy_graph(child))
+    return duplicate
 
 
 def readable(graph_module: fx.GraphModule) -> str:

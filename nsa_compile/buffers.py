@@ -1,0 +1,115 @@
+"""Masks kept in buffers: read by value when a graph is compiled, and watched for changes when it runs."""
+
+import dataclasses
+import logging
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nsa_compile.passes.predicate.constants import abstract_constant
+from nsa_compile.passes.predicate.tensor import AbstractTensor
+from nsa_compile.passes.sites import Scope
+
+logger = logging.getLogger(__name__)
+
+# How Dynamo names a placeholder that stands for a buffer.
+_BUFFER = re.compile(r"_buffers_")
+
+
+@dataclasses.dataclass
+class _Reading:
+    """A buffer as it was read.
+
+    Attributes:
+        tensor: the buffer, for as long as the model has it.
+        version: torch's count of the writes to it.
+        meaning: what its values were read as.
+    """
+
+    tensor: "weakref.ref[torch.Tensor]"
+    version: int
+    meaning: AbstractTensor
+
+
+class BufferReader:
+    """Reads the buffers of one graph, and remembers which.
+
+    Args:
+        graph_module: the graph, of Dynamo.
+        inputs: the tensors that it is compiled for, one for each placeholder.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        self._graph_module = graph_module
+        self._readable: dict[fx.Node, tuple[int, torch.Tensor, AbstractTensor]] = {}
+        self._readings: dict[int, _Reading] = {}
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        if len(placeholders) != len(inputs):
+            return
+        for place, (node, tensor) in enumerate(zip(placeholders, inputs, strict=True)):
+            if _BUFFER.search(node.name) and _is_readable(tensor):
+                meaning = abstract_constant(tensor)
+                if meaning is not None:
+                    self._readable[node] = (place, tensor, meaning)
+
+    @property
+    def may_read(self) -> bool:
+        """Whether any buffer has values that can be read."""
+        return bool(self._readable)
+
+    @property
+    def has_read(self) -> bool:
+        """Whether a buffer was read."""
+        return bool(self._readings)
+
+    def __call__(self, node: fx.Node, scope: Scope) -> torch.Tensor | None:
+        """Returns the values of a buffer; None for what may not be read."""
+        if scope.graph_module is not self._graph_module or node not in self._readable:
+            return None
+        place, tensor, meaning = self._readable[node]
+        self._readings[place] = _Reading(weakref.ref(tensor), tensor._version, meaning)
+        return tensor
+
+    def hold(self, inputs: Sequence[Any]) -> bool:
+        """Tells whether the buffers among a call's inputs still mean what was read."""
+        return all(_holds(reading, inputs[place]) for place, reading in self._readings.items())
+
+    def watched(self, rewritten: Callable[..., Any], dense: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that runs the rewritten graph while the buffers hold, and else the dense one."""
+        is_warned = False
+
+        def run(*inputs: Any) -> Any:
+            nonlocal is_warned
+            if self.hold(inputs):
+                return rewritten(*inputs)
+            if not is_warned:
+                is_warned = True
+                logger.warning(
+                    "A buffer that a mask was read from has been changed: this graph runs dense and uncompiled from "
+                    "now on.  torch._dynamo.reset() lets it be compiled anew."
+                )
+            return dense(*inputs)
+
+        return run
+
+
+def _is_readable(tensor: Any) -> bool:
+    """Whether a tensor's values are known, more than one, and torch counts the writes to it."""
+    if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return False
+    return not tensor.is_inference() and not tensor.requires_grad and tensor.numel() > 1
+
+
+def _holds(reading: _Reading, tensor: torch.Tensor) -> bool:
+    """Whether a buffer means what was read; another buffer, or one that was written, is read again."""
+    if tensor is reading.tensor() and tensor._version == reading.version:
+        return True
+    if tensor.is_inference() or abstract_constant(tensor) != reading.meaning:
+        return False
+    reading.tensor, reading.version = weakref.ref(tensor), tensor._version
+    return True
