@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,8 +210,13 @@ class TemplateTools:
 
     def __init__(self) -> None:
         from torch._inductor import config, ir, lowering, select_algorithm
+        from torch._inductor.codegen.simd import SIMDScheduling
         from torch._inductor.virtualized import V
 
+        # Since torch 2.13 a template's kernel gets symbolic sizes in 64 bits where offsets need them.
+        self._has_wide_sizes = "index_dtype_override" in _parameters(select_algorithm.TritonTemplateKernel.__init__)
+        self._fits_in_32_bits = SIMDScheduling.can_use_32bit_indexing
+        self._buffer = ir.Buffer
         self._config = config
         self._graph = V
         self._lowerings = lowering.lowerings
@@ -264,6 +270,15 @@ class TemplateTools:
     def contiguous_layout(self, size: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
         """Returns the layout of a contiguous tensor."""
         return self._fixed_layout(device, dtype, list(size), self._contiguous_strides(size))
+
+    def can_index(self, inputs: Sequence[Any], layout: Any) -> bool:
+        """Whether offsets into a template's inputs and its output, of that layout, are computed without overflow."""
+        output = self._buffer(name="output", layout=layout)
+        sizes = [size for tensor in (*inputs, output) for size in tensor.get_size()]
+        if self._has_wide_sizes or not any(getattr(size, "free_symbols", ()) for size in sizes):
+            return True
+        numel: Any = math.prod(layout.size)
+        return bool(self._fits_in_32_bits(numel, [*inputs, output]))
 
     def permuted(self, tensor: Any, dims: Sequence[int]) -> Any:
         """Returns a view with the dimensions in another order."""

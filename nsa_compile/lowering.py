@@ -152,6 +152,8 @@ def _attend_range(
     lse = tools.empty((batch, num_heads, num_queries), torch.float32, device)
     inputs = [*map(tools.realized, (*heads, *given.values())), lse]
     layout = tools.contiguous_layout((batch, num_queries, num_heads, value_size), dtype, device)
+    if not tools.can_index(inputs, layout):
+        return None
     constants = variant.constants(
         H=num_heads,
         SCALE_LOG2=scale * math.log2(math.e),
