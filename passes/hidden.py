@@ -9,7 +9,6 @@ from torch import fx
 from nsa_compile.passes.metadata import dtype_of, is_parameter, recorded_shape, same_shape, same_size, shape_of
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.sites import AttentionSite, Operand, Reason, Rejection, Shape, Step
-from nsa_compile.passes.views import is_view
 
 # Queries, keys and values, as bits.
 _ALL = 0b111
@@ -19,7 +18,7 @@ class HiddenStates:
     """Finds hidden states; remembers what it learns of each graph."""
 
     def __init__(self) -> None:
-        self._writes: dict[fx.GraphModule, Writes] = {}
+        self._graphs: dict[fx.GraphModule, tuple[Writes, frozenset[fx.Node]]] = {}
 
     def find(self, site: AttentionSite, channels: int | None = None) -> Operand | Rejection:
         """Finds the input of an attention layer.
@@ -35,10 +34,10 @@ class HiddenStates:
             The tensor and the steps that make it `[B, T, C]`.
         """
         graph_module = site.scope.graph_module
-        if graph_module not in self._writes:
-            self._writes[graph_module] = Writes(graph_module.graph)
-        writes = self._writes[graph_module]
-        for node in _common_ancestors(site, writes):
+        if graph_module not in self._graphs:
+            self._graphs[graph_module] = Writes(graph_module.graph), _weights(graph_module.graph)
+        writes, weights = self._graphs[graph_module]
+        for node in _common_ancestors(site, writes, weights):
             steps = _steps(shape_of(node), site, channels)
             if steps is None:
                 continue
@@ -52,7 +51,7 @@ class HiddenStates:
         return Rejection(Reason.NO_HIDDEN_STATES, sentence, (site.query.node, site.key.node, site.value.node))
 
 
-def _common_ancestors(site: AttentionSite, writes: Writes) -> Iterator[fx.Node]:
+def _common_ancestors(site: AttentionSite, writes: Writes, weights: frozenset[fx.Node]) -> Iterator[fx.Node]:
     """Yields the nodes from which queries, keys and values are projected, the last one in the program first."""
     reached: dict[fx.Node, int] = {}
     # Reached through a projection: a fused projection's output is an ancestor of all three, and no input of a layer.
@@ -72,12 +71,12 @@ def _common_ancestors(site: AttentionSite, writes: Writes) -> Iterator[fx.Node]:
         _, node = heapq.heappop(pending)
         if reached[node] == projected[node] == _ALL:
             dtype = dtype_of(node)
-            if dtype is not None and dtype.is_floating_point and not is_parameter(node):
+            if dtype is not None and dtype.is_floating_point and node not in weights:
                 yield node
         inputs = node.all_input_nodes
-        is_projection = any(map(_is_weight, inputs))
+        is_projection = any(read in weights and len(shape_of(read) or ()) >= 2 for read in inputs)
         for read in inputs:
-            if not _is_weight(read):
+            if read not in weights:
                 reach(read, reached[node], reached[node] if is_projection else projected[node])
 
 
@@ -85,12 +84,14 @@ def _projects(step: Step) -> bool:
     return step.target is torch.ops.aten.linear.default
 
 
-def _is_weight(node: fx.Node) -> bool:
-    """Whether a node is a parameter of two dimensions or more, or a view or cast of one."""
-    while is_view(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    shape = shape_of(node)
-    return is_parameter(node) and shape is not None and len(shape) >= 2
+def _weights(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The parameters, and what is computed from nothing else: casts, weights that are normed or sums of several."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if is_parameter(node) or (inputs and node.op != "output" and all(read in found for read in inputs)):
+            found.add(node)
+    return frozenset(found)
 
 
 def _steps(shape: Shape | None, site: AttentionSite, channels: int | None) -> tuple[Step, ...] | None:
