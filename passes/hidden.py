@@ -48,6 +48,8 @@ class HiddenStates:
             return Operand(node, (site.batch, site.query_length, recorded_shape(node)[-1]), steps)
         sizes = "[B, T, C]" if channels is None else f"[B, T, {channels}]"
         sentence = f"No tensor {sizes} was found from which queries, keys and values are projected."
+        if same_size(site.batch, site.query_length):
+            sentence += f"  Batch and length are both {site.batch}, which does not tell them apart."
         return Rejection(Reason.NO_HIDDEN_STATES, sentence, (site.query.node, site.key.node, site.value.node))
 
 

@@ -3,6 +3,7 @@
 Each check is a function of the rank that returns what the test compares; rank 0 writes the results to a file.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,20 +17,25 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
-from nsa_compile import NSAConfig, attach, nsa_attention, rewrite
+from nsa_compile import NSABackend, NSAConfig, attach, nsa_attention, rewrite
 
-WIDTH, HEADS = 16, 4
+WIDTH, HEADS = 64, 4
 CONFIG = NSAConfig(
-    block_length=8,
-    block_stride=4,
-    selection_block=8,
+    block_length=16,
+    block_stride=16,
+    selection_block=16,
     num_selected=3,
-    window=8,
+    window=16,
     combine="gated",
     compression="mlp",
     branch_kv="independent",
 )
+
+
+# A GPU for each process, where the test says so.
+DEVICE = torch.device(f"cuda:{os.environ['RANK']}" if os.environ.get("ON_GPUS") else "cpu")
 
 
 class Layer(nn.Module):
@@ -46,7 +52,7 @@ class Layer(nn.Module):
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.layers = nn.ModuleList([Layer()])
 
     def forward(self, states: Tensor) -> Tensor:
         for layer in self.layers:
@@ -57,16 +63,18 @@ class Model(nn.Module):
 def make() -> Model:
     torch.manual_seed(0)
     model = Model()
-    attach(model, CONFIG, batch(), start="scratch")
-    return model
+    attach(model, CONFIG, torch.randn(4, 90, WIDTH), start="scratch")
+    return model.to(DEVICE)
 
 
 def batch() -> Tensor:
-    return torch.randn(4, 40, WIDTH, generator=torch.Generator().manual_seed(5))
+    return torch.randn(4, 90, WIDTH, generator=torch.Generator().manual_seed(5)).to(DEVICE)
 
 
 def compiled_ahead(graph_module: Any, inputs: list[Any]) -> Any:
-    """The backend, with AOTAutograd and without Inductor."""
+    """The backend; on a CPU with AOTAutograd and without Inductor, which takes long there."""
+    if DEVICE.type == "cuda":
+        return NSABackend(CONFIG)(graph_module, inputs)
     rewrite(graph_module)
     return aot_eager(graph_module, inputs)
 
@@ -97,7 +105,7 @@ def data_parallel_compiled(rank: int) -> dict[str, Any]:
 
 def _sharded(rank: int, *, compiled: bool) -> dict[str, Any]:
     model = make()
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (distributed.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
         if compiled:
@@ -122,14 +130,15 @@ def sharded_compiled(rank: int) -> dict[str, Any]:
 
 def tensor_parallel(rank: int) -> dict[str, Any]:
     """The operator with heads, or batches, spread over the processes; outputs and gradients in every mode."""
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (distributed.get_world_size(),))
     generator = torch.Generator().manual_seed(3)
     made = {
-        "query": torch.randn(2, 8, 40, 8, generator=generator),
-        "key": torch.randn(2, 4, 40, 8, generator=generator),
-        "value": torch.randn(2, 4, 40, 6, generator=generator),
-        "gates": torch.rand(2, 8, 40, 3, generator=generator),
+        "query": torch.randn(2, 8, 90, 16, generator=generator),
+        "key": torch.randn(2, 4, 90, 16, generator=generator),
+        "value": torch.randn(2, 4, 90, 32, generator=generator),
+        "gates": torch.rand(2, 8, 90, 3, generator=generator),
     }
+    made = {name: tensor.to(DEVICE) for name, tensor in made.items()}
     worst = {}
     for combine in ("joint", "gated"):
         names = [name for name in made if combine == "gated" or name != "gates"]
@@ -157,15 +166,17 @@ CHECKS = {
 
 
 def main(path: str, *names: str) -> None:
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     rank = distributed.get_rank()
     results = {name: CHECKS[name](rank) for name in names}
     if rank == 0:
-        torch.save(results, path)
+        torch.save(pytree.tree_map_only(Tensor, Tensor.cpu, results), path)
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
     main(*sys.argv[1:])

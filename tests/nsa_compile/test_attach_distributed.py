@@ -35,7 +35,7 @@ def results_without_compile(tmp_path_factory):
     return run(tmp_path_factory.mktemp("distributed"), "data_parallel", "sharded")
 
 
-def run(folder: Path, *checks: str) -> dict[str, Any]:
+def run(folder: Path, *checks: str, on_gpus: bool = False) -> dict[str, Any]:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("needs gloo")
     path = folder / "results.pt"
@@ -46,6 +46,7 @@ def run(folder: Path, *checks: str) -> dict[str, Any]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
+        "ON_GPUS": "1" if on_gpus else "",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -108,6 +109,15 @@ def test_without_compile(results_without_compile, expected):
     for result in results_without_compile.values():
         check_trained(result["state"], expected)
     check_loaded(results_without_compile["sharded"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one_process(tmp_path, expected):
+    results = run(tmp_path, "data_parallel_compiled", "sharded_compiled", "tensor_parallel", on_gpus=True)
+    for check in ("data_parallel_compiled", "sharded_compiled"):
+        check_trained(results[check]["state"], expected)
+    assert max(results["tensor_parallel"].values()) < 1e-3
 
 
 def test_heads_and_batches_may_be_spread(results):

@@ -308,7 +308,7 @@ def none_at_all(p: dict[str, Tensor], x: Tensor) -> Tensor:
 
 DECLINED = {
     "no projection": (no_projection, 0, "NO_HIDDEN_STATES", "No tensor [B, T, 8] was found"),
-    "batch as long as the sequence": (square, 0, "NO_HIDDEN_STATES", "No tensor [B, T, 8] was found"),
+    "batch as long as the sequence": (square, 0, "NO_HIDDEN_STATES", "Batch and length are both 21"),
     "written": (written_in_place, 0, "NO_HIDDEN_STATES", "writes the layer's input"),
     "cache": (cached, 3, "BRANCH_NOT_COPIED", "joins the layer's keys with others"),
     "static cache": (filled, T, "BRANCH_NOT_COPIED", "joins the layer's keys with others"),
