@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -38,29 +38,13 @@ def _load(name: str, path: Path) -> Any:
 
 
 fake_cuda = _load("fake_cuda", Path(__file__).with_name("fake_cuda.py"))
-
-
-class Attention(nn.Module):
-    """Attention as in Llama: grouped heads, rotary positions, a transposed output."""
-
-    def __init__(self, width: int = 96, heads: int = 4, kv_heads: int = 2, size: int = 32) -> None:
-        super().__init__()
-        self.size = size
-        self.q_proj, self.o_proj = nn.Linear(width, heads * size), nn.Linear(heads * size, width)
-        self.k_proj, self.v_proj = nn.Linear(width, kv_heads * size), nn.Linear(width, kv_heads * size)
-
-    def forward(self, hidden_states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (each(hidden_states).unflatten(-1, (-1, self.size)).transpose(1, 2) for each in projections)
-        query, key = (each * cosine + torch.cat(each.chunk(2, -1)[::-1], -1) * sine for each in (query, key))
-        output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return self.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:2], -1))
+generated = _load("generated_code", Path(__file__).with_name("generated_code.py"))
 
 
 def _attention_code(combine: str, *, is_dynamic: bool = False, is_training: bool = False, size: int = 32) -> str:
     """Generated code of the rewritten layer's forward pass."""
     config = NSAConfig(combine=combine, min_keys=1)  # type: ignore[arg-type]
-    layer = Attention(size=size)
+    layer = generated.Attention(size=size)
     inputs = [torch.randn(2, 80, 96), torch.randn(80, size), torch.randn(80, size)]
     if combine == "gated":
         attach(layer, config, tuple(inputs))
@@ -75,50 +59,14 @@ def _attention_code(combine: str, *, is_dynamic: bool = False, is_training: bool
     return fake_cuda.generate_code(fake_cuda.capture_graphs(run)[0])
 
 
-def _calls(code: str) -> list[str]:
-    """Lines of the generated code that compute something, in order."""
-    body = code[code.index("def call(self") :]
-    lines = (line.strip() for line in body.splitlines())
-    return [line for line in lines if re.search(r"= torch\.ops\.nsa|^triton_\w+\.run\(|^extern_kernels\.", line)]
-
-
-def _template_kernel(code: str) -> str:
-    """The one kernel that was made from a template."""
-    (name,) = re.findall(r"def (triton_tem\w+)\(", code)
-    start = code.index(f"def {name}(")
-    return code[start : code.index("'''", start)]
-
-
-def _check_fused(code: str, combine: str) -> None:
-    """Between the attention's operators and the output projection stands the template's kernel, and no other."""
-    calls = _calls(code)
-    (position,) = (index for index, call in enumerate(calls) if call.startswith("triton_tem"))
-    call = calls[position]
-    body = _template_kernel(code)
-    assert body.count("attend_range(") == 1
-    buffers = re.findall(r"\bbuf\d+\b", call)
-    assert re.search(rf"extern_kernels\.(addmm|mm)\(.*\b{buffers[-1]}\b", calls[position + 1])
-    partial = {"gated": ("compressed_attention", "selected_attention"), "joint": ("joint_listed",)}[combine]
-    for operator in partial:
-        (results,) = re.findall(rf"(buf\d+) = torch\.ops\.nsa\.{operator}\.default", code)
-        (output,) = re.findall(rf"(buf\d+) = {results}\[0\]", code)
-        readers = [each for each in calls if re.search(rf"\b{output}\b", each)]
-        assert readers == [call]
-    if combine == "gated":
-        assert body.count("tl.sigmoid(") == 3
-        assert code.count("tl.sigmoid(") == 3
-    # Stores: the lse; what follows the attention; in training what the backward pass needs of the output.
-    assert "tl.store(out_ptr" in body
-
-
 @pytest.mark.parametrize(
     ("combine", "is_dynamic", "is_training"),
     [("gated", False, False), ("gated", True, True), ("joint", True, False), ("joint", False, True)],
 )
 def test_what_follows_the_attention_is_in_its_kernel(combine, is_dynamic, is_training):
     code = _attention_code(combine, is_dynamic=is_dynamic, is_training=is_training)
-    assert ("ks0" in _template_kernel(code)) == is_dynamic
-    _check_fused(code, combine)
+    assert ("ks0" in generated.template_kernel(code)) == is_dynamic
+    generated.check_fused(code, combine)
 
 
 @pytest.mark.slow
@@ -141,7 +89,7 @@ def test_what_follows_the_attention_is_in_its_kernel_in_transformers_llama(combi
         if is_training:
             output.float().square().sum().backward()
 
-    _check_fused(fake_cuda.generate_code(fake_cuda.capture_graphs(run)[0]), combine)
+    generated.check_fused(fake_cuda.generate_code(fake_cuda.capture_graphs(run)[0]), combine)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +200,7 @@ def test_max_autotune_chooses_among_our_tiles_on_valid_inputs(monkeypatch):
     candidates = tiles.forward_candidates(64, 2, torch.device("cuda"))
     assert name == "nsa_range_interval_valid"
     assert len(choices) == len(candidates) > 3
-    assert f"BLOCK_M : tl.constexpr = {candidates[-1]['BLOCK_M']}" in _template_kernel(code)
+    assert f"BLOCK_M : tl.constexpr = {candidates[-1]['BLOCK_M']}" in generated.template_kernel(code)
     # Query, key, value, first, last, valid, lse: random numbers will not do for three of them.
     assert list(fills) == [3, 4, 5]
     tensors = [torch.full((2, 80), 7, dtype=torch.int32) for _ in fills]
