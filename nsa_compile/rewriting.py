@@ -14,7 +14,7 @@ from nsa_compile.config import NSAConfig
 from nsa_compile.errors import ConfigError, InternalError, NSAError, UnsupportedGraphError
 from nsa_compile.passes.find import find_sites
 from nsa_compile.passes.learned import find_markers
-from nsa_compile.passes.metadata import propagate_shapes
+from nsa_compile.passes.metadata import propagate_shapes, record_constants
 from nsa_compile.passes.plan import Decision, RewritePlan, plan_rewrite
 from nsa_compile.passes.predicate.interpreter import ConstantReader
 from nsa_compile.passes.rewrite import apply_plan
@@ -49,6 +49,7 @@ def rewrite(
     """
     settings = check_config(config)
     if isinstance(graph_module, torch.export.ExportedProgram):
+        record_constants(graph_module)
         graph_module = graph_module.graph_module
     if not isinstance(graph_module, fx.GraphModule):
         raise UnsupportedGraphError(

@@ -25,7 +25,8 @@ class Axis:
     """
 
     def __init__(self, size: Size) -> None:
-        self.size = size
+        fixed = number_of(size)
+        self.size = size if fixed is None else int(fixed)
         self._same_as: Axis | None = None
         self._parts: tuple[Axis, ...] = ()
 
@@ -61,8 +62,7 @@ Dimensions = tuple[Dimension, ...]
 
 def dimension(size: Size) -> Dimension:
     """Returns a dimension of one fresh axis; of none for a size that is certainly 1."""
-    fixed = number_of(size)
-    return () if same_size(size, 1) else (Axis(size if fixed is None else int(fixed)),)
+    return () if same_size(size, 1) else (Axis(size),)
 
 
 def dimensions(shape: Iterable[Size]) -> Dimensions:

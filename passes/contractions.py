@@ -9,8 +9,9 @@ from torch import fx
 from nsa_compile.passes.axes import Dimension, Dimensions, dimension, dimensions, flat, unify
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import number_of, shape_of
+from nsa_compile.passes.metadata import is_parameter, number_of, shape_of
 from nsa_compile.passes.sites import Shape
+from nsa_compile.passes.views import is_view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,13 @@ def read_contraction(node: fx.Node) -> Contraction | None:
 def is_contraction(node: fx.Node) -> bool:
     """Tells whether a node multiplies tensors and sums, whether or not it can be read."""
     return operation(node) in ("matmul", "baddbmm", "einsum")
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Tells whether a node is a parameter, or a view or cast of one."""
+    while is_view(node) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return is_parameter(node)
 
 
 def _product(node: fx.Node, left: Any, right: Any) -> Contraction | None:

@@ -8,12 +8,25 @@ from torch import fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from nsa_compile.passes.calls import operation
-from nsa_compile.passes.metadata import VALUE_KEYS, dtype_of, fake_mode_of, recorded_value, tensor_of, value_key
+from nsa_compile.passes.metadata import (
+    VALUE_KEYS,
+    dtype_of,
+    fake_mode_of,
+    has_strides_of,
+    memory_order,
+    recorded_value,
+    tensor_of,
+    value_key,
+)
 from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.sites import Branch, Factor, Operand, Shape, Step
 
 # What is recorded of one node's value, and is another's for a new node.
 _OWN_META = (*VALUE_KEYS, "tensor_meta", "unbacked_bindings", "torch_fn", "source_fn_stack", "original_aten")
+# Checks of what is erased go with it.
+_CHECKS = ("_assert_tensor_metadata",)
+# Without users these do nothing: an item that nobody takes, a write that nobody reads.
+_SILENT = ("getitem", "setitem", *_CHECKS)
 
 
 class Emitter:
@@ -66,6 +79,21 @@ class Emitter:
     def _value(self, operand: Operand) -> fx.Node:
         node = self._replaced.get(operand.node, operand.node)
         for step in operand.steps:
+            node = self.step(node, step)
+        return node
+
+    def like(self, node: fx.Node, recorded: fx.Node) -> fx.Node:
+        """Gives a tensor the order in memory that another one has, on which views of it may depend."""
+        wanted, tensor = tensor_of(recorded), tensor_of(node)
+        order = None if wanted is None or tensor is None or has_strides_of(tensor, wanted) else memory_order(wanted)
+        if order is None:
+            return node
+        inverse = [order.index(dim) for dim in range(len(order))]
+        for step in (
+            Step(torch.ops.aten.permute.default, (order,)),
+            Step(torch.ops.aten.contiguous.default),
+            Step(torch.ops.aten.permute.default, (inverse,)),
+        ):
             node = self.step(node, step)
         return node
 
@@ -140,9 +168,8 @@ def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list
     pending = list(orphans)
     while pending:
         node = pending.pop()
-        for user in [user for user in node.users if not user.users and operation(user) in ("getitem", "setitem")]:
-            # An item that nobody takes, a write that nobody reads.
-            if _is_removable(user, sharing):
+        for user in [user for user in node.users if not user.users and operation(user) in _SILENT]:
+            if operation(user) in _CHECKS or _is_removable(user, sharing):
                 graph_module.graph.erase_node(user)
         if node.users or node.graph is not graph_module.graph or node._erased:
             continue

@@ -10,6 +10,7 @@ row where every key is hidden nobody looks at what attention returns; and a `Blo
 the blocks of its own mask_mod, as torch's eager flex_attention, which reads the mask_mod alone, takes for granted too.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterable
@@ -140,7 +141,7 @@ class MaskProver:
         self, masks: tuple[Mask, ...], is_causal: bool, sizes: Sizes, scope: Scope, reader: fx.Node
     ) -> VisibleKeys | Rejection:
         formula = compare("<=", KEY, QUERY) if is_causal else TRUE
-        for mask in masks:
+        for mask in sorted(masks, key=lambda mask: mask.kind is MaskKind.GATE):
             recorded = tensor_of(mask.node)
             if recorded is None:
                 return Rejection(Reason.UNKNOWN_SHAPES, f"{mask.node.name} carries no shape.", (mask.node,))
@@ -152,7 +153,10 @@ class MaskProver:
             except UnknownError as error:
                 return Rejection(Reason.MASK_NOT_PROVED, f"{mask.node.name}: {error}.", (mask.node,))
             if isinstance(allowed, Rejection):
-                return allowed
+                return self._most_telling(allowed, masks, sizes, scope, reader)
+            if mask.kind is MaskKind.GATE and conjunction(formula, allowed) != formula:
+                sentence = f"{mask.node.name} makes scores 0 that no mask hides."
+                return Rejection(Reason.MULTIPLIED_SCORES, sentence, (mask.node,))
             formula = conjunction(formula, allowed)
         visible = self._read(formula, sizes, scope, masks, reader)
         if isinstance(visible, Rejection):
@@ -163,6 +167,19 @@ class MaskProver:
                 return Rejection(Reason.MASK_NOT_PROVED, sentence, (mask.node,))
         return visible
 
+    def _most_telling(
+        self, rejection: Rejection, masks: tuple[Mask, ...], sizes: Sizes, scope: Scope, reader: fx.Node
+    ) -> Rejection:
+        """Gives way to a mask that is a bias by position: that is there whatever the mask at fault holds."""
+        for mask in masks:
+            if mask.kind is not MaskKind.ADDITIVE or tensor_of(mask.node) is None:
+                continue
+            with contextlib.suppress(UnknownError):
+                other = self._allowed(mask, sizes, scope, reader)
+                if isinstance(other, Rejection) and other.reason in (Reason.LEARNED_BIAS, Reason.ALIBI):
+                    return other
+        return rejection
+
     def _allowed(self, mask: Mask, sizes: Sizes, scope: Scope, reader: fx.Node) -> Formula | Rejection:
         """The mask as a formula over b, h, i and j of the visible keys."""
         value = self._masks.value(mask, sizes, scope, reader)
@@ -170,7 +187,7 @@ class MaskProver:
             return negation(formula_of(value))
         if mask.kind is MaskKind.ALLOWED:
             return formula_of(value)
-        if mask.kind is MaskKind.WEIGHT:
+        if mask.kind in (MaskKind.WEIGHT, MaskKind.GATE):
             return self._weighed(mask, cases_of(value))
         factor = number_expression(mask.factor)
         allowed, bias = unbiased(combine(lambda bias: bias * factor, value))
@@ -188,9 +205,11 @@ class MaskProver:
         if not others:
             return disjunction(*(condition for condition, weight in cases if weight == 1))
         leaves = self._leaves(others[:1])
-        sentence = f"{mask.node.name} multiplies attention weights by {text(others[0])}, not proved to be 0 or 1."
+        reason = Reason.MULTIPLIED_SCORES if mask.kind is MaskKind.GATE else Reason.PROBABILITIES_CHANGED
+        what = "scores" if mask.kind is MaskKind.GATE else "weights"
+        sentence = f"{mask.node.name} multiplies {what} by {text(others[0])}, not proved to be 0 or 1."
         nodes = tuple(leaf.written_by for leaf in leaves) or (mask.node,)
-        return Rejection(Reason.PROBABILITIES_CHANGED, sentence, nodes)
+        return Rejection(reason, sentence, nodes)
 
     def _read(
         self, formula: Formula, sizes: Sizes, scope: Scope, masks: tuple[Mask, ...], reader: fx.Node

@@ -1,5 +1,6 @@
 """What a graph records about its values: shapes, dtypes, devices, the module that owns a node."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,10 @@ from nsa_compile.passes.sites import Place, Scope, Shape, Size
 VALUE_KEYS = ("example_value", "val")
 # Names that tracers give to parameters and buffers: Dynamo's, and torch.export's prefixes.
 _PARAMETER_NAME = re.compile(r"_(parameters|buffers)_|^(p|b|c)_")
+# Tensors of more dimensions are no attention's output.
+_MOST_DIMENSIONS = 5
+# Where `record_constants` puts the values of an exported program's constants.
+_CONSTANT_KEY = "nsa_constant"
 
 
 def recorded_value(node: Any) -> Any:
@@ -26,6 +31,23 @@ def recorded_value(node: Any) -> Any:
         if node.meta.get(key) is not None:
             return node.meta[key]
     return None
+
+
+def record_constants(program: torch.export.ExportedProgram) -> None:
+    """Records the values of the tensors that an exported program's code made from numbers.
+
+    They are inputs of its graph, and no part of its state that anybody could set: buffers are not recorded.
+    """
+    names = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in program.graph_module.graph.find_nodes(op="placeholder"):
+        constant = program.constants.get(names.get(node.name, ""))
+        if isinstance(constant, torch.Tensor):
+            node.meta[_CONSTANT_KEY] = constant
+
+
+def recorded_constant(node: fx.Node) -> torch.Tensor | None:
+    """Returns the values that `record_constants` has recorded for an input."""
+    return node.meta.get(_CONSTANT_KEY)
 
 
 def value_key(node: fx.Node) -> str | None:
@@ -103,6 +125,29 @@ def same_size(left: Size, right: Size) -> bool:
 def same_shape(left: Sequence[Size], right: Sequence[Size]) -> bool:
     """Tells whether two shapes are equal for every input, without adding a guard."""
     return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def has_strides_of(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tells whether two tensors of one shape have the same strides, but for dimensions of size 1."""
+    sizes = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+    return all(same_size(size, 1) or same_size(mine, theirs) for size, mine, theirs in sizes)
+
+
+def memory_order(tensor: torch.Tensor) -> "list[int] | None":
+    """Returns the order of dimensions in which a tensor is contiguous; None where it is in none."""
+    rank = tensor.dim()
+    if rank > _MOST_DIMENSIONS:
+        return None
+    for order in itertools.permutations(range(rank)):
+        expected: Size = 1
+        for dim in reversed(order):
+            if not same_size(tensor.shape[dim], 1):
+                if not same_size(tensor.stride(dim), expected):
+                    break
+                expected = expected * tensor.shape[dim]
+        else:
+            return list(order)
+    return None
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:

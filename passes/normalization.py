@@ -137,8 +137,8 @@ def _changed(node: fx.Node, bound: Any, total: WeightSum, writes: Writes) -> Pro
     number = constant_of(values[0], node, writes) if len(values) == 1 and bound.get("max") is None else None
     is_sum = operation(node) == "add"
     harmless = torch.finfo(recorded_dtype(total.node)).eps / 4 if is_sum else 1
-    is_plain = number is not None and bound.get("alpha", 1) == 1
-    if total.is_at_least_one and is_plain and 0 <= number <= harmless:
+    is_plain = total.is_at_least_one and bound.get("alpha", 1) == 1
+    if is_plain and number is not None and 0 <= number <= harmless:
         return None
     if is_sum and (number is None or number >= _LEAST_SINK):
         sentence = f"{node} adds to the sum that the weights are divided by, as a further key would."

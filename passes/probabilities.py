@@ -15,7 +15,7 @@ from torch import fx
 from nsa_compile.passes.axes import Dimensions, leaves, unify_dimensions
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.constants import constant_of
-from nsa_compile.passes.contractions import Contraction, contracted, is_contraction, read_contraction
+from nsa_compile.passes.contractions import Contraction, contracted, is_contraction, is_weight, read_contraction
 from nsa_compile.passes.handmade import Softmax
 from nsa_compile.passes.layout import LabelledTensor
 from nsa_compile.passes.metadata import dtype_of, number_of, recorded_dtype
@@ -37,10 +37,16 @@ _SHAPE_READERS = frozenset(
         "new_zeros",
         "new_ones",
         "new_empty",
+        "rand_like",
+        "randn_like",
+        "_assert_tensor_metadata",
         "size",
         "dim",
     )
 )
+# A random mask is made within this many steps of a draw.
+_NEAR = 5
+_DRAWS = frozenset(("rand", "rand_like", "bernoulli", "bernoulli_", "randn_like", "dropout"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +161,8 @@ class _Follower:
         refill = _refill(user, bound, node, self._writes)
         if refill is not None:
             mask, kind = refill
+            if _is_random(mask):
+                return Problem(Reason.DROPOUT, f"{mask}, drawn at random, drops probabilities out.", (mask,))
             mask_dims = broadcast_dimensions(mask, dims)
             if mask_dims is not None:
                 self._refills.append((mask, kind, MaskPart(LabelledTensor(mask, mask_dims), kind)))
@@ -171,7 +179,11 @@ class _Follower:
         sides = [(product.left, product.right), (product.right, product.left)]
         for weights, value in sides:
             if weights.node is node and value.node is not node and unify_dimensions(weights.dims, dims):
-                if set(leaves(contracted(product))) != set(leaves(self._keys)):
+                summed, keys = set(leaves(contracted(product))), set(leaves(self._keys))
+                if summed.isdisjoint(keys) and is_weight(value.node):
+                    sentence = f"{user} mixes {node} along other axes than the keys."
+                    return Problem(Reason.PROBABILITIES_CHANGED, sentence, (user,))
+                if summed != keys:
                     return unread
                 output = self._output(user, product.dims)
                 if isinstance(output, Problem):
@@ -199,9 +211,9 @@ class _Follower:
 
 
 def _reads_values(user: fx.Node) -> bool:
-    if user.op == "output" or user.is_impure() or written_by(user):
-        return True
-    return bool(user.users) and operation(user) not in _SHAPE_READERS
+    if operation(user) in _SHAPE_READERS:
+        return False
+    return user.op == "output" or user.is_impure() or bool(written_by(user)) or bool(user.users)
 
 
 def _is_unchanged(user: fx.Node, bound: Mapping[str, Any], node: fx.Node) -> bool:
@@ -232,6 +244,16 @@ def _refill(user: fx.Node, bound: Mapping[str, Any], node: fx.Node, writes: Writ
         if isinstance(other, fx.Node) and other is not node and isinstance(dtype_of(other), torch.dtype):
             return other, MaskKind.WEIGHT
     return None
+
+
+def _is_random(mask: fx.Node) -> bool:
+    """Whether a mask is drawn at random, a few steps away."""
+    level = {mask}
+    for _ in range(_NEAR):
+        if any(operation(node) in _DRAWS for node in level):
+            return True
+        level = {read for node in level for read in node.all_input_nodes}
+    return False
 
 
 def is_redundant(refill: tuple[fx.Node, MaskKind], scores: Scores, softmax_input: fx.Node) -> bool:

@@ -96,6 +96,7 @@ class _Rewrite:
         result = emitter.attention(tensors, attributes, (*site.query.shape[:3], site.value.shape[3]), site.dtype)
         for step in site.output:
             result = emitter.step(result, step)
+        result = emitter.like(result, site.node)
         orphans = self._orphans.setdefault(graph_module, [])
         orphans += [*site.node.all_input_nodes, *(mask.node for mask in site.masks)]
         name, is_output = site.node.name, any(user.op == "output" for user in site.node.users)

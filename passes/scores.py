@@ -10,7 +10,7 @@ from torch import fx
 from nsa_compile.passes.axes import Dimension, Dimensions, flat, leaves, unify_dimensions
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.constants import constant_of
-from nsa_compile.passes.contractions import Contraction, is_contraction, read_contraction
+from nsa_compile.passes.contractions import Contraction, is_contraction, is_weight, read_contraction
 from nsa_compile.passes.layout import LabelledTensor
 from nsa_compile.passes.metadata import (
     number_of,
@@ -139,6 +139,10 @@ class ScoreReader:
         if product is None or not unify_dimensions(product.dims, state.dims):
             sentence = f"The product {state.node} has a form that is not known."
             return Problem(Reason.UNKNOWN_SPELLING, sentence, (state.node,))
+        weight = next((each.node for each in (product.left, product.right) if is_weight(each.node)), None)
+        if weight is not None:
+            sentence = f"{state.node} mixes the scores with the weight {weight}."
+            return Problem(Reason.MULTIPLIED_SCORES, sentence, (state.node, weight))
         if product.added is not None:
             added, factor = product.added
             masked = self._masked(state, added, MaskKind.ADDITIVE, factor)
@@ -178,6 +182,9 @@ class ScoreReader:
         dims = broadcast_dimensions(mask, state.dims)
         if dims is None:
             return Problem(Reason.UNKNOWN_SPELLING, f"The shape of {mask} does not fit the scores.", (mask,))
+        if any(noted.kind is MaskKind.GATE for noted in state.masks):
+            sentence = f"What {mask} hides is multiplied by another mask before the softmax."
+            return Problem(Reason.MULTIPLIED_SCORES, sentence, (mask,))
         if state.factors or state.symbolic_scales or state.scale <= 0:
             sentence = f"What {mask} hides is scaled by no positive number before the softmax."
             return Problem(Reason.UNKNOWN_SPELLING, sentence, (mask,))
@@ -206,7 +213,12 @@ class ScoreReader:
                 symbolic = (*state.symbolic_scales, (other, -1 if is_divisor else 1))
                 return [state.back_to(scores, symbolic_scales=symbolic)]
             dims = broadcast_dimensions(other, state.dims) if isinstance(other, fx.Node) else None
-            if bound.get("rounding_mode") is None and dims is not None and not self._has_keys(dims):
+            if dims is None or bound.get("rounding_mode") is not None:
+                continue
+            if self._has_keys(dims):
+                masked = None if is_divisor or not state.masks else self._masked(state, other, MaskKind.GATE)
+                outcomes += [masked.back_to(scores)] if isinstance(masked, _State) else []
+            else:
                 factor = FactorPart(LabelledTensor(other, dims), is_divisor)
                 outcomes.append(state.back_to(scores, factors=(*state.factors, factor)))
         sentence = f"{state.node} multiplies the scores by a tensor that differs between keys."
@@ -288,4 +300,7 @@ _RULES: Mapping[str, Callable[[ScoreReader, _State, _Bound], _Outcome]] = {
     "maximum": ScoreReader._clamped,
     "max": ScoreReader._clamped,
 }
-_KNOWN_BY_NAME: Mapping[str, Reason] = {"tanh": Reason.SOFTCAP, "cat": Reason.ATTENTION_SINKS}
+_KNOWN_BY_NAME: Mapping[str, Reason] = {
+    "tanh": Reason.SOFTCAP,
+    **dict.fromkeys(("cat", "pad", "constant_pad_nd"), Reason.ATTENTION_SINKS),
+}

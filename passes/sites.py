@@ -62,6 +62,7 @@ class MaskKind(enum.Enum):
     ALLOWED = "allowed"  # bool, true where the key is visible
     BLOCKED = "blocked"  # bool, true where the key is hidden
     WEIGHT = "weight"  # a number, 1 where the key is visible, 0 where it is hidden
+    GATE = "gate"  # likewise a number, that multiplies the scores: other masks hide what it makes 0
     ADDITIVE = "additive"  # float, 0 where the key is visible, minus infinity or nearly so where it is hidden
 
 

@@ -10,17 +10,16 @@ from torch import fx
 from nsa_compile.passes.assemble import assemble
 from nsa_compile.passes.axes import Axis, Dimension, dimensions, flat, leaves
 from nsa_compile.passes.calls import arguments, operation
-from nsa_compile.passes.contractions import contracted, is_contraction, read_contraction
+from nsa_compile.passes.contractions import contracted, is_contraction, is_weight, read_contraction
 from nsa_compile.passes.handmade import Softmax, read_handmade
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import dtype_of, is_parameter, place_of, shape_of
+from nsa_compile.passes.metadata import dtype_of, place_of, same_shape, shape_of
 from nsa_compile.passes.parts import Parts, Problem
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.probabilities import Weighting, follow_probabilities, is_redundant
 from nsa_compile.passes.repetition import sources
 from nsa_compile.passes.scores import ScoreReader, Scores
 from nsa_compile.passes.sites import AttentionSite, MaskKind, Reason, Rejection, Scope
-from nsa_compile.passes.views import is_view
 
 SPELLING = "softmax(Q Kᵀ) V"
 # Operations between a product and a softmax, or between a softmax and a product, within this many steps make an
@@ -169,18 +168,24 @@ def _reaches_product(softmax: fx.Node, forwards: bool) -> bool:
                     continue
                 seen.add(each)
                 if is_contraction(each):
-                    if forwards or not any(map(_is_weight, each.all_input_nodes)):
+                    if forwards or not any(map(is_weight, each.all_input_nodes)):
                         return True
+                    if _mixes_heads(each):
+                        following.append(each)
                 elif _is_passed(each):
                     following.append(each)
         level = following
     return False
 
 
-def _is_weight(node: fx.Node) -> bool:
-    while is_view(node) and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return is_parameter(node)
+def _mixes_heads(product: fx.Node) -> bool:
+    """Whether a product with a weight makes scores of scores: `[…, T, S]` of one with as many dimensions."""
+    shape = shape_of(product)
+    return (
+        shape is not None
+        and len(shape) >= 4
+        and any(same_shape(shape, shape_of(read) or ()) for read in product.all_input_nodes)
+    )
 
 
 def _is_passed(node: fx.Node) -> bool:

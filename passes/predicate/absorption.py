@@ -27,6 +27,28 @@ def strongest(parts: dict[Formula, None]) -> dict[Formula, None]:
     return parts
 
 
+def is_implied(operands: Iterable[Formula], parts: dict[Formula, None], all_hold: bool) -> bool:
+    """Whether a disjunction is weaker than a conjunct beside it, or a conjunction stronger than a disjunct."""
+    limits = _limits(parts)
+    for rest, limited in _limits(operands).items():
+        for constant, _ in limited:
+            if any(other >= constant if all_hold else other <= constant for other, _ in limits.get(rest, ())):
+                return True
+    return False
+
+
+def is_contradiction(parts: dict[Formula, None]) -> bool:
+    """Whether conjuncts limit an expression from above and from below so that nothing is left."""
+    limits = {rest: max(constant for constant, _ in limited) for rest, limited in _limits(parts).items()}
+    return any(-rest in limits and limits[rest] + limits[-rest] > 0 for rest in limits)
+
+
+def is_tautology(parts: dict[Formula, None]) -> bool:
+    """Whether disjuncts limit an expression from above and from below so that every integer is in one of them."""
+    limits = {rest: min(constant for constant, _ in limited) for rest, limited in _limits(parts).items()}
+    return any(-rest in limits and limits[rest] + limits[-rest] <= 1 for rest in limits)
+
+
 def weakest(parts: dict[Formula, None]) -> dict[Formula, None]:
     """Of disjuncts that limit the same expression, the loosest; `e < 0` or `e = 0` is `e ≤ 0`."""
     for limits in _limits(parts).values():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import sympy
 from sympy.core.function import AppliedUndef
 
-from nsa_compile.passes.predicate.absorption import strongest, weakest
+from nsa_compile.passes.predicate.absorption import is_contradiction, is_implied, is_tautology, strongest, weakest
 from nsa_compile.passes.predicate.signs import always_positive, never_negative
 from nsa_compile.passes.predicate.terms import (
     And,
@@ -58,6 +58,8 @@ def _connect(formulas: Iterable[Formula], same: type[And | Or], dual: type[And |
         return dual()
     if len(flat) > 1:
         flat = strongest(flat) if same is And else weakest(flat)
+        if is_contradiction(flat) if same is And else is_tautology(flat):
+            return dual()
     literals = [part for part in flat if isinstance(part, (Atom, Not))]
     if len(flat) > 1:
         opposite = {negation(literal) for literal in literals}
@@ -66,7 +68,7 @@ def _connect(formulas: Iterable[Formula], same: type[And | Or], dual: type[And |
         kept: dict[Formula, None] = {}
         for part in flat:
             if isinstance(part, dual):
-                if any(operand in flat for operand in part.operands):
+                if any(operand in flat for operand in part.operands) or is_implied(part.operands, flat, same is And):
                     continue
                 remaining = tuple(operand for operand in part.operands if operand not in opposite)
                 if len(remaining) != len(part.operands):

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from nsa_compile.passes.metadata import recorded_value, tensor_of
+from nsa_compile.passes.metadata import recorded_constant, recorded_value, tensor_of
 from nsa_compile.passes.predicate import (
     operations_arithmetic,
     operations_creation,
@@ -282,6 +282,8 @@ class Interpreter:
         node, tensor = source.node, None
         if node.op == "get_attr" and _BAKED.search(str(node.target)):
             tensor = getattr(source.scope.graph_module, str(node.target), None)
+        elif recorded_constant(node) is not None:
+            tensor = recorded_constant(node)
         elif node.op in ("placeholder", "get_attr") and self._read_constant is not None:
             tensor = self._read_constant(node, source.scope)
         return None if tensor is None else abstract_constant(tensor)

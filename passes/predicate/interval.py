@@ -122,7 +122,8 @@ class _Reader:
 
     def read(self, formula: Formula) -> Interval | Refusal:
         conjuncts = formula.operands if isinstance(formula, And) else (formula,)
-        for conjunct in self._within_runs(conjuncts):
+        # Limits first: whether a union lets a query see the future depends on them.
+        for conjunct in sorted(self._within_runs(conjuncts), key=lambda conjunct: isinstance(conjunct, Or)):
             if conjunct == FALSE:
                 return Refusal(Reason.MASK_NOT_INTERVAL, "the mask hides every key from every query")
             refusal = self._sort(conjunct)

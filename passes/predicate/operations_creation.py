@@ -197,6 +197,13 @@ def _setitem(call: Call, input: Any, key: Any, value: Any) -> AbstractTensor:
     return make_tensor(call.shape, call.dtype, make_cases(pairs))
 
 
+@operation("index_put")
+def _index_put(call: Call, input: Any, indices: Any, values: Any, accumulate: Any = False) -> AbstractTensor:
+    if accumulate:
+        raise UnknownError("it adds to elements")
+    return _setitem(call, input, tuple(slice(None) if place is None else place for place in indices), values)
+
+
 def _assigned(
     call: Call, tensor: AbstractTensor, places: list[Any], filled: AbstractTensor
 ) -> tuple[Formula, AbstractTensor]:

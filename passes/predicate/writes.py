@@ -24,7 +24,7 @@ _INPLACE_OPERATORS = frozenset(
     | {"ixor", "ior", "setitem", "delitem"}
 )
 # End in an underscore but change nothing that a reader could see.
-_HARMLESS = frozenset({"requires_grad_", "share_memory_", "and_", "or_", "not_", "is_", "_set_grad_enabled"})
+_HARMLESS = frozenset({"requires_grad_", "detach_", "share_memory_", "and_", "or_", "not_", "is_", "_set_grad_enabled"})
 
 # What an exported graph calls, by name, to index a tensor inside flex_attention's modifications.
 _INDEXING = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
@@ -85,6 +85,8 @@ def _is_inplace(node: fx.Node) -> bool:
 
 def _written_by_schema(node: fx.Node) -> tuple[fx.Node, ...]:
     target: Any = node.target
+    if target_name(node) in _HARMLESS:
+        return ()
     overloads = (
         [target] if isinstance(target, torch._ops.OpOverload) else [getattr(target, o) for o in target.overloads()]
     )
