@@ -58,7 +58,16 @@ def _is_supported(tools: compat.TemplateTools, query: Any, key: Any, value: Any,
         return False
     if any(size == 0 for tensor in (query, key, value) for size in tensor.get_size()):
         return False
-    return max(tools.fixed_size(tensor.get_size()[3]) for tensor in (query, value)) <= _MAX_HEAD_SIZE
+    if max(tools.fixed_size(tensor.get_size()[3]) for tensor in (query, value)) > _MAX_HEAD_SIZE:
+        return False
+    return tools.can_index((query, key, value), _output_layout(tools, query, value))
+
+
+def _output_layout(tools: compat.TemplateTools, query: Any, value: Any) -> Any:
+    """Memory of the template's output: `[B, T, H, D_v]`."""
+    batch, num_heads, num_queries, _ = query.get_size()
+    size = (batch, num_queries, num_heads, value.get_size()[3])
+    return tools.contiguous_layout(size, query.get_dtype(), query.get_device())
 
 
 def _window_attention(
@@ -151,9 +160,7 @@ def _attend_range(
     dtype, device = query.get_dtype(), query.get_device()
     lse = tools.empty((batch, num_heads, num_queries), torch.float32, device)
     inputs = [*map(tools.realized, (*heads, *given.values())), lse]
-    layout = tools.contiguous_layout((batch, num_queries, num_heads, value_size), dtype, device)
-    if not tools.can_index(inputs, layout):
-        return None
+    layout = _output_layout(tools, query, value)
     constants = variant.constants(
         H=num_heads,
         SCALE_LOG2=scale * math.log2(math.e),

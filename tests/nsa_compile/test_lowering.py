@@ -219,5 +219,18 @@ def test_torch_without_a_private_part_keeps_the_operators_opaque(monkeypatch, ca
     assert "not fused" in caplog.text
 
 
+def test_cpu_tensors_keep_the_operators_in_a_process_with_templates():
+    with fake_cuda.fake_cuda():
+        assert register_templates()
+    query, key = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16)
+
+    def attend(query: Tensor, key: Tensor) -> Tensor:
+        settings = {"is_causal": True, "scale": 0.2, "window": 16}
+        return torch.ops.nsa.window_attention(query, key, key, None, None, None, **settings)[0]
+
+    compiled = torch.compile(attend, backend=NSABackend(), fullgraph=True)
+    assert torch.equal(compiled(query, key), attend(query, key))
+
+
 def test_nothing_is_registered_without_a_gpu():
     assert not register_templates()
