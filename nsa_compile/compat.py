@@ -156,6 +156,14 @@ def break_reason(graph_module: fx.GraphModule) -> str | None:
     return f"{what} at {stack[-1].filename}:{stack[-1].lineno}" if stack else what
 
 
+def no_recompile_limit() -> contextlib.AbstractContextManager[Any]:
+    """Lets Dynamo capture a function anew inside as often as its guards fail, where it would give up and run it."""
+    from torch._dynamo import config
+
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    return config.patch({name: 1 << 30 for name in names if hasattr(config, name)})
+
+
 @contextlib.contextmanager
 def undisturbed_dynamo() -> Iterator[None]:
     """Lets Dynamo trace inside, and leaves its caches outside as they were.
@@ -163,12 +171,9 @@ def undisturbed_dynamo() -> Iterator[None]:
     Inside, sizes are seen for the first time (nothing is dynamic because of an earlier call) and no recompilation
     limit holds.  Afterwards, code that was compiled only inside is forgotten.
     """
-    from torch._dynamo import config
-
     compiled: dict[int, CodeType] = {}
-    limits = {name: 1 << 30 for name in ("recompile_limit", "accumulated_recompile_limit") if hasattr(config, name)}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(config.patch(limits))
+        stack.enter_context(no_recompile_limit())
         stack.enter_context(_fresh_dynamic_sizes())
         consequence = "explain leaves entries in Dynamo's caches."
         entries = _private("torch._C._dynamo.eval_frame", "_debug_get_cache_entry_list", consequence)

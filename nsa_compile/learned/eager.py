@@ -48,7 +48,9 @@ def run_rewritten(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         _compiled[module] = compat.compile_isolated(_own_copy_of_call(), _run_graph, fullgraph=False, dynamic=None)
     modules.add(id(module))
     try:
-        return _compiled[module](module, *args, **kwargs)
+        # Lengths, modes and arguments of a whole program may differ more often than Dynamo expects of one function.
+        with compat.no_recompile_limit():
+            return _compiled[module](module, *args, **kwargs)
     finally:
         modules.discard(id(module))
 

@@ -191,6 +191,18 @@ def test_lengths_may_change():
         torch.testing.assert_close(model(ids[:, :length]), whole[:, :length], rtol=1e-4, atol=1e-5)
 
 
+def test_calls_may_differ_as_often_as_they_like():
+    model = make(layers=1)
+    frames = torch._dynamo.utils.counters["frames"]
+    with torch._dynamo.config.patch(recompile_limit=2, automatic_dynamic_shapes=False):
+        for length in (20, 21, 22, 23, 24):
+            assert model(tokens(length)).shape == (2, length, WIDTH)
+        captured = frames["ok"]
+        for length in (20, 21, 22, 23, 24):
+            model(tokens(length))
+    assert frames["ok"] == captured
+
+
 def test_copies_are_independent():
     model, ids = make(INDEPENDENT), tokens()
     before, duplicate = model(ids), copy.deepcopy(model)
