@@ -58,10 +58,14 @@ def is_contraction(node: fx.Node) -> bool:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Tells whether a node is a parameter, or a view or cast of one."""
-    while is_view(node) and node.args and isinstance(node.args[0], fx.Node):
+    """Tells whether a node is a parameter, or a view or cast of one.
+
+    A buffer of more than two dimensions is no weight, but a cache of keys or values.
+    """
+    while (is_view(node) or operation(node) == "getitem") and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    return is_parameter(node)
+    is_cache = "buffers_" in node.name or node.name.startswith("b_")
+    return is_parameter(node) and not (is_cache and len(shape_of(node) or ()) > 2)
 
 
 def _product(node: fx.Node, left: Any, right: Any) -> Contraction | None:

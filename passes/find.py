@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from nsa_compile.passes.calls import operation
 from nsa_compile.passes.flex import is_flex_call, read_flex_call
 from nsa_compile.passes.fused import is_fused_attention, read_fused_attention
 from nsa_compile.passes.handmade import is_exponential
@@ -39,21 +40,48 @@ def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
         For each attention, in the order of the graphs: a site, its masks yet unproved, or why it cannot be one.
     """
     found: list[AttentionSite | Rejection] = []
+    transformed: dict[fx.Graph, set[fx.Node]] = {}
     for scope in walk_scopes(graph_module):
         writes = Writes(scope.graph_module.graph)
         for node in scope.graph_module.graph.nodes:
             for is_kind, read in _READERS:
                 if is_kind(node) and (attention := read(node, scope, writes)) is not None:
-                    found.append(_declined_by_scope(attention, scope) or attention)
+                    found.append(_declined_by_scope(attention, scope, transformed) or attention)
     return found
 
 
-def _declined_by_scope(attention: AttentionSite | Rejection, scope: Scope) -> Rejection | None:
-    """Declines what is in a `torch.autograd.Function`: its backward would still be that of dense attention."""
-    while scope.parent is not None:
+def _declined_by_scope(
+    attention: AttentionSite | Rejection, scope: Scope, transformed: dict[fx.Graph, set[fx.Node]]
+) -> Rejection | None:
+    """Declines what is in a `torch.autograd.Function`: its backward would still be that of dense attention.
+
+    So is what is in a function transform, which the operator does not support.
+    """
+    place = attention.place
+    if place is None:
+        return None
+    node = place.node
+    while True:
+        if node.graph not in transformed:
+            transformed[node.graph] = _transformed(node.graph)
+        if node in transformed[node.graph]:
+            sentence = f"{node} is inside of torch.vmap, or of another transform of functions."
+            return Rejection(Reason.FUNCTION_TRANSFORM, sentence, (node,), place)
+        if scope.parent is None:
+            return None
         call = scope.calls[0]
         if operator_name(call) == "autograd_function_apply" and isinstance(attention, AttentionSite):
             sentence = f"The attention is in {scope.path}, of the torch.autograd.Function that {call} applies."
             return Rejection(Reason.CUSTOM_GRADIENT, sentence, (call,), attention.place)
-        scope = scope.parent
-    return None
+        node, scope = call, scope.parent
+
+
+def _transformed(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes between the entry to a function transform and the exit from it."""
+    depth, found = 0, set()
+    for node in graph.nodes:
+        name = operation(node)
+        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+        if depth > 0:
+            found.add(node)
+    return found

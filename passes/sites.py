@@ -24,6 +24,7 @@ class Reason(enum.Enum):
     UNSUPPORTED_SCALE = "The scale of the scores is not a number that the graph fixes."
     SHARED_BODY = "The subgraph that holds the attention is run from several places that differ in what it needs."
     CUSTOM_GRADIENT = "The attention is inside a torch.autograd.Function, whose gradient is written by hand."
+    FUNCTION_TRANSFORM = "The attention is inside torch.vmap or another function transform."
     FUSED_ATTENTION = "The attention is inside a fused operator that cannot be opened."
     UNKNOWN_SPELLING = "The scores before the softmax could not be read as a scaled product of queries and keys."
     # It is attention, but other mathematics than NSA's.

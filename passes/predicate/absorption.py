@@ -7,6 +7,9 @@ import sympy
 from nsa_compile.passes.predicate.signs import never_negative
 from nsa_compile.passes.predicate.terms import Atom, Formula, Not, Relation, coefficient_of, replaced, symbols_of
 
+# Limits are compared in pairs.
+_MOST_COMPARED = 6
+
 
 def strongest(parts: dict[Formula, None]) -> dict[Formula, None]:
     """Of conjuncts that limit the same expression, the tightest; `e ≤ 0` and `e ≠ 0` is `e < 0`."""
@@ -25,6 +28,21 @@ def strongest(parts: dict[Formula, None]) -> dict[Formula, None]:
                 # What is excluded lies outside the limit anyway.
                 parts = {other: None for other in parts if other is not part}
     return parts
+
+
+def without_implied(parts: dict[Formula, None], all_hold: bool) -> dict[Formula, None]:
+    """Of limits of different expressions, those that no other one makes superfluous: `j ≤ 6` is in `j ≤ i + 7`."""
+    limits = [part for part in parts if isinstance(part, Atom) and part.relation is Relation.AT_MOST]
+    if not 1 < len(limits) <= _MOST_COMPARED:
+        return parts
+    dropped: set[Formula] = set()
+    for strong in limits:
+        for weak in limits:
+            if strong is weak or dropped & {strong, weak} or not strong.expression.is_integer:
+                continue
+            if never_negative(sympy.expand(strong.expression - weak.expression)):
+                dropped.add(weak if all_hold else strong)
+    return {part: None for part in parts if part not in dropped}
 
 
 def is_implied(operands: Iterable[Formula], parts: dict[Formula, None], all_hold: bool) -> bool:

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 import sympy
 from sympy.core.function import AppliedUndef
 
-from nsa_compile.passes.predicate.absorption import is_contradiction, is_implied, is_tautology, strongest, weakest
+from nsa_compile.passes.predicate.absorption import (
+    is_contradiction,
+    is_implied,
+    is_tautology,
+    strongest,
+    weakest,
+    without_implied,
+)
 from nsa_compile.passes.predicate.signs import always_positive, never_negative
 from nsa_compile.passes.predicate.terms import (
     And,
@@ -57,7 +64,7 @@ def _connect(formulas: Iterable[Formula], same: type[And | Or], dual: type[And |
     if dual() in flat:
         return dual()
     if len(flat) > 1:
-        flat = strongest(flat) if same is And else weakest(flat)
+        flat = without_implied(strongest(flat) if same is And else weakest(flat), same is And)
         if is_contradiction(flat) if same is And else is_tautology(flat):
             return dual()
     literals = [part for part in flat if isinstance(part, (Atom, Not))]
