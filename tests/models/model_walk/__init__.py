@@ -1,0 +1,1 @@
+"""The walk over transformers' models: each is built small, captured and rewritten, and what became of it recorded."""
