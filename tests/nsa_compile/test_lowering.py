@@ -117,12 +117,29 @@ def test_generated_code_computes_what_the_graph_says(interpreted, case):
     assert interpreted[case]["error"] < 1e-5
 
 
-@pytest.mark.parametrize("combine", ["gated", pytest.param("joint", marks=pytest.mark.slow)])
-def test_generated_kernel_compiles_for_hopper(combine, tmp_path):
+def _window_code(dtype: torch.dtype, size: int, *, is_dynamic: bool = False, **options: Any) -> str:
+    """Generated code of the window branch alone, over given intervals and valid keys."""
+    function = torch.ops.nsa.window_attention
+
+    def attend(query: Tensor, key: Tensor, *sight: Tensor) -> Tensor:
+        return function(query, key, key, *sight, is_causal=True, scale=0.2, window=16)[0].relu()
+
+    last = torch.arange(80, dtype=torch.int32).expand(2, -1).contiguous()
+    sight = (torch.zeros_like(last), last, torch.ones(2, 80, dtype=torch.bool))
+    query, key = (torch.randn(2, heads, 80, size).to(dtype) for heads in (4, 2))
+    compiled = torch.compile(attend, backend=NSABackend(), dynamic=is_dynamic, options=options or None)
+    (graph,) = fake_cuda.capture_graphs(lambda: compiled(query, key, *sight))
+    return fake_cuda.generate_code(graph)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gated", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("joint", "window"))]
+)
+def test_generated_kernel_compiles_for_hopper(kind, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    code = _attention_code(combine, size=64)
+    code = _window_code(torch.bfloat16, 64) if kind == "window" else _attention_code(kind, size=64)
     start = code.index("import triton\n", code.index("async_compile.triton('triton_tem"))
     path = tmp_path / "generated.py"
     path.write_text(code[start : code.index("'''", start)])
@@ -140,21 +157,6 @@ def test_generated_kernel_compiles_for_hopper(combine, tmp_path):
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma" in compiled.asm["ptx"]
     assert compiled.metadata.shared < 232_448
-
-
-def _window_code(dtype: torch.dtype, size: int, *, is_dynamic: bool = False, **options: Any) -> str:
-    """Generated code of the window branch alone, over given intervals and valid keys."""
-    function = torch.ops.nsa.window_attention
-
-    def attend(query: Tensor, key: Tensor, *sight: Tensor) -> Tensor:
-        return function(query, key, key, *sight, is_causal=True, scale=0.2, window=16)[0].relu()
-
-    last = torch.arange(80, dtype=torch.int32).expand(2, -1).contiguous()
-    sight = (torch.zeros_like(last), last, torch.ones(2, 80, dtype=torch.bool))
-    query, key = (torch.randn(2, heads, 80, size).to(dtype) for heads in (4, 2))
-    compiled = torch.compile(attend, backend=NSABackend(), dynamic=is_dynamic, options=options or None)
-    (graph,) = fake_cuda.capture_graphs(lambda: compiled(query, key, *sight))
-    return fake_cuda.generate_code(graph)
 
 
 @pytest.mark.parametrize(
