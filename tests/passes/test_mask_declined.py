@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nsa_compile import NSAConfig, explain
 from nsa_compile.passes.sites import MaskKind, Reason, Rejection
 
 NEG = float("-inf")
@@ -270,3 +271,20 @@ def test_a_boolean_mask_that_is_added_is_a_bias(oracle):
 def test_a_mask_that_is_to_be_read_the_other_way_round_is_declined(oracle):
     result = oracle.prove_program(causal, kind=MaskKind.BLOCKED)
     oracle.assert_declined(result, Reason.BIDIRECTIONAL)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_bias_by_position_is_named_before_a_mask_of_unknown_values(order):
+    """Whichever of the two is added first: the bias is there whatever the mask holds."""
+    positions = torch.nn.Embedding(16, 3)
+
+    def attend(query, key, value, mask):
+        i, j = places(query, key)
+        bias = positions((j - i).clamp(-7, 7) + 7).permute(2, 0, 1)[None]
+        unknown = (1.0 - mask[:, None, None, :]) * torch.finfo(torch.float32).min
+        first, second = (bias, unknown)[::order]
+        return (query @ key.mT + first + second).softmax(-1) @ value
+
+    tensors = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    (site,) = explain(attend, NSAConfig(min_keys=0))(*tensors, PAD).sites
+    assert site.reason == "LEARNED_BIAS"
