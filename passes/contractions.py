@@ -9,7 +9,7 @@ from torch import fx
 from nsa_compile.passes.axes import Dimension, Dimensions, dimension, dimensions, flat, unify
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import is_parameter, number_of, shape_of
+from nsa_compile.passes.metadata import is_cache, is_parameter, number_of, shape_of
 from nsa_compile.passes.sites import Shape
 from nsa_compile.passes.views import is_view
 
@@ -58,14 +58,10 @@ def is_contraction(node: fx.Node) -> bool:
 
 
 def is_weight(node: fx.Node) -> bool:
-    """Tells whether a node is a parameter, or a view or cast of one.
-
-    A buffer of more than two dimensions is no weight, but a cache of keys or values.
-    """
+    """Tells whether a node is a parameter, or a view or cast of one."""
     while (is_view(node) or operation(node) == "getitem") and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
-    is_cache = "buffers_" in node.name or node.name.startswith("b_")
-    return is_parameter(node) and not (is_cache and len(shape_of(node) or ()) > 2)
+    return is_parameter(node) and not is_cache(node)
 
 
 def _product(node: fx.Node, left: Any, right: Any) -> Contraction | None:

@@ -3,10 +3,11 @@
 import enum
 
 import networkx as nx
+import torch
 from torch import fx
 
 from nsa_compile.passes.calls import operation
-from nsa_compile.passes.metadata import dtype_of, is_parameter, recorded_shape
+from nsa_compile.passes.metadata import dtype_of, is_cache, is_parameter, recorded_shape
 from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.sites import AttentionSite
 from nsa_compile.passes.views import is_view
@@ -33,6 +34,8 @@ class ActivationFlow:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self._flow: nx.DiGraph[fx.Node] = nx.DiGraph()
+        # Parameters, and what is computed of nothing else.
+        self._weights: set[fx.Node] = set()
         probabilities: set[fx.Node] = set()
         for node in graph_module.graph.nodes:
             if operation(node) == "softmax" or (is_view(node) and not probabilities.isdisjoint(node.all_input_nodes)):
@@ -46,7 +49,9 @@ class ActivationFlow:
         queries, keys = self._origins(site.query.node), self._origins(site.key.node)
         if queries & keys:
             return Relation.SAME_SEQUENCE
-        if not any(map(_is_weighted, queries | keys)):
+        steps = (*site.query.steps, *site.key.steps)
+        is_projected = any(step.target is torch.ops.aten.linear.default for step in steps)
+        if not is_projected and not any(map(self._is_weighted, queries | keys)):
             # The graph starts behind the projections.
             return Relation.UNKNOWN
         return Relation.DIFFERENT_SEQUENCES
@@ -68,22 +73,25 @@ class ActivationFlow:
         return nx.ancestors(self._flow, node) | {node} if node in self._flow else set()
 
     def _add(self, node: fx.Node) -> None:
+        inputs = node.all_input_nodes
+        if (is_parameter(node) and not is_cache(node)) or (inputs and self._weights.issuperset(inputs)):
+            self._weights.add(node)
+            return
         if node.op == "placeholder":
-            is_activation = not is_parameter(node) and _is_floating(node)
+            is_activation = _is_floating(node)
         else:
-            inputs = [read for read in node.all_input_nodes if read in self._flow]
-            self._flow.add_edges_from((read, node) for read in inputs)
-            is_activation = bool(inputs) or _is_weighted(node)
+            flowing = [read for read in inputs if read in self._flow]
+            self._flow.add_edges_from((read, node) for read in flowing)
+            is_activation = bool(flowing) or self._is_weighted(node)
         if is_activation:
             self._flow.add_node(node)
+
+    def _is_weighted(self, node: fx.Node) -> bool:
+        """Whether a node reads a parameter of two dimensions or more: an embedding, a projection."""
+        weights = [read for read in node.all_input_nodes if read in self._weights and _is_floating(read)]
+        return any(len(recorded_shape(weight)) >= 2 for weight in weights)
 
 
 def _is_floating(node: fx.Node) -> bool:
     dtype = dtype_of(node)
     return dtype is not None and dtype.is_floating_point
-
-
-def _is_weighted(node: fx.Node) -> bool:
-    """Whether a node reads a parameter of two dimensions or more: an embedding, a projection."""
-    parameters = [read for read in node.all_input_nodes if is_parameter(read) and _is_floating(read)]
-    return any(len(recorded_shape(parameter)) >= 2 for parameter in parameters)

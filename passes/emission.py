@@ -27,6 +27,7 @@ _OWN_META = (*VALUE_KEYS, "tensor_meta", "unbacked_bindings", "torch_fn", "sourc
 _CHECKS = ("_assert_tensor_metadata",)
 # Without users these do nothing: an item that nobody takes, a write that nobody reads.
 _SILENT = ("getitem", "setitem", *_CHECKS)
+_LONGEST_UNUSED = 4
 
 
 class Emitter:
@@ -168,9 +169,7 @@ def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list
     pending = list(orphans)
     while pending:
         node = pending.pop()
-        for user in [user for user in node.users if not user.users and operation(user) in _SILENT]:
-            if operation(user) in _CHECKS or _is_removable(user, sharing):
-                graph_module.graph.erase_node(user)
+        _erase_unused(node, sharing)
         if node.users or node.graph is not graph_module.graph or node._erased:
             continue
         if node.op == "placeholder":
@@ -180,6 +179,18 @@ def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list
             graph_module.graph.erase_node(node)
             pending.extend(inputs)
     return list(unused)
+
+
+def _erase_unused(node: fx.Node, sharing: Mapping[int, Sequence[fx.Node]], depth: int = 0) -> None:
+    """Erases users of a node that nothing comes of, and chains of them."""
+    for user in list(node.users):
+        is_functional = isinstance(user.target, torch._ops.OpOverload) and not user.target._schema.is_mutable
+        if is_functional and depth < _LONGEST_UNUSED:
+            _erase_unused(user, sharing, depth + 1)
+        if user.users or not (is_functional or operation(user) in _SILENT):
+            continue
+        if operation(user) in _CHECKS or _is_removable(user, sharing):
+            user.graph.erase_node(user)
 
 
 def _is_removable(node: fx.Node, sharing: Mapping[int, Sequence[fx.Node]]) -> bool:

@@ -175,6 +175,12 @@ def is_parameter(node: fx.Node) -> bool:
     return node.op == "placeholder" and _PARAMETER_NAME.search(node.name) is not None
 
 
+def is_cache(node: fx.Node) -> bool:
+    """Tells whether a node is a buffer of more than two dimensions: no weight, but keys or values of the past."""
+    is_buffer = "buffers_" in node.name or node.name.startswith("b_")
+    return is_parameter(node) and is_buffer and len(shape_of(node) or ()) > 2
+
+
 def place_of(node: fx.Node, scope: Scope, spelling: str, shapes: "dict[str, Shape] | None" = None) -> Place:
     """Describes where a node is: its module, its class and the user's lines that made it."""
     module, module_class = owner_of(node)

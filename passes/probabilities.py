@@ -44,6 +44,8 @@ _SHAPE_READERS = frozenset(
         "dim",
     )
 )
+# A chain of nodes whose outcome nobody takes is not longer.
+_MOST_UNUSED = 12
 # A random mask is made within this many steps of a draw.
 _NEAR = 5
 _DRAWS = frozenset(("rand", "rand_like", "bernoulli", "bernoulli_", "randn_like", "dropout"))
@@ -211,9 +213,17 @@ class _Follower:
 
 
 def _reads_values(user: fx.Node) -> bool:
-    if operation(user) in _SHAPE_READERS:
-        return False
-    return user.op == "output" or user.is_impure() or bool(written_by(user)) or bool(user.users)
+    """Whether what a node reads reaches anything: not if it reads a shape, or nobody takes what is made of it."""
+    pending, seen = [user], {user}
+    while pending and len(seen) < _MOST_UNUSED:
+        node = pending.pop()
+        if operation(node) in _SHAPE_READERS:
+            continue
+        if node.op == "output" or node.is_impure() or written_by(node) or len(node.users) > 1:
+            return True
+        pending += [each for each in node.users if each not in seen]
+        seen |= set(node.users)
+    return bool(pending)
 
 
 def _is_unchanged(user: fx.Node, bound: Mapping[str, Any], node: fx.Node) -> bool:
