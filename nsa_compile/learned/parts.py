@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn, ops
 
 from nsa_compile.config import NSAConfig
+from nsa_compile.errors import ConfigError
 from nsa_compile.kernels import operators as _register_operators  # noqa: F401  (importing registers torch.ops.nsa)
+from nsa_compile.passes.branches import BRANCHES
 
 Start = Literal["dense", "scratch"]
-# Branches with keys and values of their own; the selected branch keeps the model's.
-BRANCHES = ("compressed", "window")
 # Gates of a dense start.  The selected branch alone is full attention wherever n blocks cover the visible keys.
 _SELECTED_GATE, _OTHER_GATE = 0.98, 0.02
 
@@ -175,7 +175,11 @@ class LearnedParts(nn.Module):
 
     @property
     def config(self) -> NSAConfig:
-        """The configuration."""
+        """The configuration.
+
+        Raises:
+            ConfigError: one is set that needs other learned parts.
+        """
         return self._config
 
     @config.setter
@@ -183,8 +187,6 @@ class LearnedParts(nn.Module):
         learned = ("combine", "compression", "branch_kv", "block_length", "block_stride")
         changed = [name for name in learned if getattr(config, name) != getattr(self._config, name)]
         if changed:
-            from nsa_compile.errors import ConfigError
-
             raise ConfigError(
                 f"{', '.join(changed)} cannot change in a model with learned parts; detach, and attach anew."
             )
