@@ -106,8 +106,9 @@ def test_every_attention_gets_parts_of_its_own(llama):
     assert len({id(p) for p in added.values()}) == len(added)
 
 
-@pytest.mark.parametrize("compression", ["mean", "linear", "mlp"])
-@pytest.mark.parametrize("branch_kv", ["shared", "independent"])
+@pytest.mark.parametrize(
+    ("compression", "branch_kv"), [("mean", "shared"), ("linear", "independent"), ("mlp", "independent")]
+)
 def test_a_dense_start_is_near_the_dense_model(compression, branch_kv):
     model, ids = Model(), tokens()
     dense = model(ids)

@@ -173,8 +173,13 @@ def check(run: Any, model: nn.Module, config: NSAConfig, length: int = 61) -> No
         assert value.abs().max() > 1e-6 or name.endswith("compress_key.output.bias"), name
 
 
-@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "-".join(parts.values()))
-@pytest.mark.parametrize("project", [Grouped, Fused, Latent])
+# Every kind of part in one layer; in the others the kinds that differ by how they are projected.
+LAYERS = [(Grouped, parts) for parts in PARTS] + [(project, PARTS[i]) for project in (Fused, Latent) for i in (2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("project", "parts"), LAYERS, ids=["-".join((project.__name__, *parts.values())) for project, parts in LAYERS]
+)
 def test_without_compile(project, parts):
     config = CONFIG.replace(**parts)
     model = make(project, config)
