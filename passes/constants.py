@@ -28,7 +28,7 @@ _FUNCTIONS: Mapping[str, Callable[..., float]] = {
     "pow": operator.pow,
     "mul": operator.mul,
     "div": operator.truediv,
-    "neg": operator.neg,
+    "neg": lambda number: -number,
 }
 # Operations that keep every element.
 _COPIES = frozenset(("lift_fresh_copy", "lift_fresh", "detach", "detach_", "clone", "alias", "contiguous"))

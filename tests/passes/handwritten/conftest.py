@@ -25,8 +25,6 @@ class Case:
         training: likewise in training, where it differs.
         inputs: makes the inputs; hidden states `[B, T, E]` by default.
         seen: what of the output is compared.
-        exports: whether torch.export takes the module.
-        is_causal: whether later inputs must not change earlier outputs.
     """
 
     make: Callable[[], nn.Module]
@@ -34,8 +32,6 @@ class Case:
     training: tuple[str, ...] | None = None
     inputs: Callable[[], tuple[Any, ...]] | None = None
     seen: Callable[[Any], Tensor] = lambda output: output
-    exports: bool = True
-    is_causal: bool = True
 
 
 def hidden_states() -> tuple[Tensor]:
