@@ -12,6 +12,9 @@ from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.sites import AttentionSite
 from nsa_compile.passes.views import is_view
 
+# What may come between a softmax and the product with the values, beside views.
+_PASSED_ON = ("dropout", "to", "masked_fill", "nan_to_num")
+
 
 class Relation(enum.Enum):
     """How a site's keys relate to its queries."""
@@ -38,7 +41,8 @@ class ActivationFlow:
         self._weights: set[fx.Node] = set()
         probabilities: set[fx.Node] = set()
         for node in graph_module.graph.nodes:
-            if operation(node) == "softmax" or (is_view(node) and not probabilities.isdisjoint(node.all_input_nodes)):
+            is_passed_on = is_view(node) or operation(node) in _PASSED_ON
+            if operation(node) == "softmax" or (is_passed_on and not probabilities.isdisjoint(node.all_input_nodes)):
                 probabilities.add(node)
             elif probabilities.isdisjoint(node.all_input_nodes) and "attention" not in operation(node):
                 self._add(node)

@@ -23,7 +23,7 @@ from torch import fx
 from nsa_compile.passes.mask_values import MaskValues
 from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.additive import unbiased
-from nsa_compile.passes.predicate.cases import Cases, cases_of, combine, formula_of
+from nsa_compile.passes.predicate.cases import Cases, cases_of, combine, formula_of, value_symbols
 from nsa_compile.passes.predicate.causes import cause_of_bias, is_selection
 from nsa_compile.passes.predicate.emission import EmittedInterval, emit, is_plain_causal, sizes_needed
 from nsa_compile.passes.predicate.facts import decide
@@ -153,7 +153,8 @@ class MaskProver:
             except UnknownError as error:
                 return Rejection(Reason.MASK_NOT_PROVED, f"{mask.node.name}: {error}.", (mask.node,))
             if isinstance(allowed, Rejection):
-                return self._most_telling(allowed, masks, sizes, scope, reader)
+                telling = self._most_telling(allowed, masks, sizes, scope, reader)
+                return telling if is_causal else self._without_order(masks, sizes, scope, reader) or telling
             if mask.kind is MaskKind.GATE and conjunction(formula, allowed) != formula:
                 sentence = f"{mask.node.name} makes scores 0 that no mask hides."
                 return Rejection(Reason.MULTIPLIED_SCORES, sentence, (mask.node,))
@@ -179,6 +180,21 @@ class MaskProver:
                 if isinstance(other, Rejection) and other.reason in (Reason.LEARNED_BIAS, Reason.ALIBI):
                     return other
         return rejection
+
+    def _without_order(self, masks: tuple[Mask, ...], sizes: Sizes, scope: Scope, reader: fx.Node) -> Rejection | None:
+        """Says that queries see the future: a mask that is the same for all queries hides it from none of them."""
+        formula = TRUE
+        try:
+            for mask in masks:
+                if QUERY in value_symbols(self._masks.value(mask, sizes, scope, reader)):
+                    allowed = self._allowed(mask, sizes, scope, reader)
+                    if isinstance(allowed, Rejection):
+                        return None
+                    formula = conjunction(formula, allowed)
+        except UnknownError:
+            return None
+        result = self._read(formula, sizes, scope, masks, reader)
+        return result if isinstance(result, Rejection) and result.reason is Reason.BIDIRECTIONAL else None
 
     def _allowed(self, mask: Mask, sizes: Sizes, scope: Scope, reader: fx.Node) -> Formula | Rejection:
         """The mask as a formula over b, h, i and j of the visible keys."""

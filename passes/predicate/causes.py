@@ -25,7 +25,7 @@ def cause_of_bias(leaves: tuple[Leaf, ...], indices: AbstractSet[object]) -> Rea
         leaves: the data in the bias.
         indices: the index symbols that the bias depends on.
     """
-    outside_position = False
+    outside_position = is_made_here = False
     for leaf in leaves:
         if leaf.written_by.op == "placeholder" and not _is_parameter(leaf.written_by):
             return Reason.MASK_IS_INPUT if leaf.dtype.is_floating_point else Reason.ADDITIVE_BIAS
@@ -34,10 +34,11 @@ def cause_of_bias(leaves: tuple[Leaf, ...], indices: AbstractSet[object]) -> Rea
                 return Reason.ALREADY_SPARSE
             if _is_parameter(node):
                 return Reason.LEARNED_BIAS
-            outside_position |= node.op in ("placeholder", "get_attr") and isinstance(
-                recorded_value(node), torch.Tensor
-            )
-    by_head_and_place = H_INDEX in indices and bool({QUERY, KEY} & indices)
+            is_outside = node.op in ("placeholder", "get_attr") and _is_tensor(node)
+            outside_position |= is_outside
+            # A padding vector alone may be repeated for the heads; slopes come from elsewhere.
+            is_made_here |= node.op == "get_attr" or not (is_outside or any(map(_is_tensor, node.all_input_nodes)))
+    by_head_and_place = (is_made_here or not leaves) and H_INDEX in indices and bool({QUERY, KEY} & indices)
     by_place_alone = not outside_position and bool({QUERY, KEY} & indices)
     return Reason.ALIBI if by_head_and_place or by_place_alone else Reason.ADDITIVE_BIAS
 
@@ -67,6 +68,10 @@ def scope_of(node: fx.Node, scope: Scope) -> tuple[fx.Node | None, Scope]:
     """A placeholder of a body followed out to what it stands for; None for a constant."""
     resolved, outer = scope.resolve(node)
     return (resolved if isinstance(resolved, fx.Node) else None), outer
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(recorded_value(node), torch.Tensor)
 
 
 def _is_parameter(node: fx.Node) -> bool:

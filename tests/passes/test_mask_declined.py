@@ -288,3 +288,36 @@ def test_a_bias_by_position_is_named_before_a_mask_of_unknown_values(order):
     tensors = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
     (site,) = explain(attend, NSAConfig(min_keys=0))(*tensors, PAD).sites
     assert site.reason == "LEARNED_BIAS"
+
+
+@pytest.mark.parametrize("is_repeated", [False, True], ids=["one for all heads", "repeated for the heads"])
+@pytest.mark.parametrize("has_order", [False, True], ids=["alone", "beside a causal mask"])
+def test_a_padding_bias_of_unknown_values_hides_the_future_from_nobody(has_order, is_repeated):
+    """Alone it makes an encoder, whatever it holds; beside a causal mask it is what stops the proof."""
+
+    def attend(query, key, value, mask):
+        unknown = (1.0 - mask[:, None, None, :].repeat(1, 3 if is_repeated else 1, 1, 1)) * -10000.0
+        scores = query @ key.mT + unknown
+        return (scores + additive(causal(query, key)) if has_order else scores).softmax(-1) @ value
+
+    tensors = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    (site,) = explain(attend, NSAConfig(min_keys=0))(*tensors, PAD).sites
+    assert site.reason == ("ADDITIVE_BIAS" if has_order else "BIDIRECTIONAL")
+
+
+def test_a_second_cross_attention_is_told_from_an_encoder():
+    """What the first one returns comes from its values; its weights went through a dropout that does nothing."""
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(6))
+
+        def forward(self, x, memory):
+            for query, key, value in (self.layers[:3], self.layers[3:]):
+                weights = (query(x) @ key(memory).mT).softmax(-1)
+                x = x + torch.nn.functional.dropout(weights, 0.1, training=False) @ value(memory)
+            return x
+
+    report = explain(Decoder(), NSAConfig(min_keys=0))(torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4))
+    assert [site.reason for site in report.sites] == ["CROSS_ATTENTION"] * 2
