@@ -76,6 +76,16 @@ def _abs(call: Call, input: Any) -> AbstractTensor:
     return arithmetic(call, sympy.Abs, input)
 
 
+@operation("log")
+def _log(call: Call, input: Any) -> AbstractTensor:
+    def logarithm(x: sympy.Expr) -> sympy.Expr:
+        if x not in (0, 1):
+            raise UnknownError("the logarithm may be rounded")
+        return -sympy.oo if x == 0 else sympy.Integer(0)
+
+    return elementwise(call.shape, call.dtype, logarithm, as_tensor(input))
+
+
 @operation("floor_divide")
 def _floor_divide(call: Call, input: Any, other: Any) -> AbstractTensor:
     def divide(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:

@@ -269,6 +269,7 @@ WAYS = {
     "window-difference": lambda s: s.masked_fill(
         ((d := torch.arange(s.size(-2))[:, None] - torch.arange(s.size(-1))) < 0) | (d >= 6), -torch.inf
     ),
+    "logarithm": lambda s: s + full(s).tril().log(),
     "expanded": lambda s: s.masked_fill(full(s).tril().expand(s.size(0), 1, -1, -1) == 0, -torch.inf),
     "assigned": assigned,
     "clamped-below": lambda s: torch.max(
@@ -356,6 +357,38 @@ def causal(s: Tensor) -> Tensor:
     return s.masked_fill(full(s).tril() == 0, float("-inf"))
 
 
+class Chunked(Attention):
+    """A few queries at a time, each under its rows of the mask."""
+
+    def attend(self, q, k, v):
+        mask = visible(k.size(2)) == 0
+        outputs = []
+        for number, some in enumerate(q.split(5, dim=2)):
+            scores = (some @ k.mT * D**-0.5).masked_fill(mask[5 * number : 5 * number + 5], -torch.inf)
+            outputs.append(scores.softmax(-1) @ v)
+        return torch.cat(outputs, dim=2)
+
+
+class KeysFirst(Attention):
+    """Scores of keys by queries, a softmax over rows."""
+
+    def attend(self, q, k, v):
+        scores = (k @ q.mT / math.sqrt(D)).masked_fill(torch.ones(k.size(2), k.size(2)).tril(-1) == 1, -torch.inf)
+        return scores.softmax(2).transpose(2, 3) @ v
+
+
+class RowBias(Attention):
+    """What is added is the same for all keys of a query: the softmax does not see it."""
+
+    def attend(self, q, k, v):
+        return causal(q @ k.mT + q.mean(-1, keepdim=True)).softmax(-1) @ v
+
+
+class ColumnBias(Attention):
+    def attend(self, q, k, v):
+        return causal(q @ k.mT + k.mean(-1)[:, :, None]).softmax(-1) @ v
+
+
 class TalkingHeads(Attention):
     """Heads are mixed before or after the softmax."""
 
@@ -413,6 +446,10 @@ MODULES = {
     "multi-query": (MultiQuery, ("",), None),
     "multi-query-rows": (MultiQueryRows, ("",), None),
     "one-head-at-a-time": (OneHeadAtATime, ("",) * H, None),
+    "chunked": (Chunked, ("",) * 4, None),
+    "keys-first": (KeysFirst, ("",), None),
+    "row-bias": (RowBias, ("",), None),
+    "column-bias": (ColumnBias, ("LEARNED_BIAS",), None),
     "talking-before": (lambda: TalkingHeads(True), ("MULTIPLIED_SCORES",), None),
     "talking-after": (lambda: TalkingHeads(False), ("PROBABILITIES_CHANGED",), None),
     "used-twice": (UsedTwice, ("ATTENTION_WEIGHTS_USED",), None),
