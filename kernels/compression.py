@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nsa_compile.kernels.sharding import is_sharded
+
 
 def count_compressed(num_keys: int, block_length: int, block_stride: int) -> int:
     """Returns N_cmp, the number of compressed tokens that S keys make."""
@@ -28,12 +30,19 @@ def mean_compress(tokens: Tensor, block_length: int, block_stride: int) -> Tenso
     if count_compressed(tokens.shape[2], block_length, block_stride) == 0:
         return tokens[:, :, :0].contiguous()
     accumulate = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    num_chunks = tokens.shape[2] // block_stride
-    chunks = tokens.narrow(2, 0, num_chunks * block_stride).unflatten(2, (num_chunks, block_stride))
-    # Cast first: Inductor fuses the cast, and the gradients of neighbouring blocks are added up in float32.
-    sums = chunks.to(accumulate).sum(3)
+    # Cast first: Inductor fuses the cast, and the gradient of `unfold` would else be added up in half precision.
+    sums = _chunks(tokens.to(accumulate), block_stride).sum(-1)
     total = functools.reduce(torch.add, iterate_neighbours(sums, 2, block_length // block_stride))
     return (total / block_length).to(tokens.dtype)
+
+
+def _chunks(tokens: Tensor, size: int) -> Tensor:
+    """Views `[B, H_kv, S, D]` as whole chunks, `[B, H_kv, S // size, D, size]`."""
+    if is_sharded(tokens):
+        # DTensors have no rule for `unfold`; with symbolic shapes it is the view that needs no guard on S.
+        count = tokens.shape[2] // size
+        return tokens.narrow(2, 0, count * size).unflatten(2, (count, size)).transpose(3, 4)
+    return tokens.unfold(2, size, size)
 
 
 def iterate_neighbours(chunks: Tensor, dim: int, count: int) -> Iterator[Tensor]:

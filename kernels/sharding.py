@@ -24,9 +24,14 @@ _WITHOUT_HEADS = frozenset({"first_key", "last_key", "key_valid", "compressed_va
 
 def register_rules_for(tensor: Tensor) -> None:
     """Registers the rules when the first DTensor is seen; torch.distributed is not imported for others."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
+    if is_sharded(tensor):
         _register()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tells whether a tensor is a DTensor."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 @functools.cache
