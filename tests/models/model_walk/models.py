@@ -144,6 +144,6 @@ def _set_dropout(config: Any, attention_dropout: float) -> bool:
             found |= _set_dropout(part, attention_dropout)
         elif _DROPOUT in name and isinstance(value, int | float) and not isinstance(value, bool):
             is_attention = any(word in name for word in _ATTENTION)
-            setattr(config, name, attention_dropout if is_attention else 0.0)
+            setattr(config, name, type(value)(attention_dropout if is_attention else 0.0))
             found |= is_attention
     return found
