@@ -38,7 +38,8 @@ def cause_of_bias(leaves: tuple[Leaf, ...], indices: AbstractSet[object]) -> Rea
             outside_position |= is_outside
             # A padding vector alone may be repeated for the heads; slopes come from elsewhere.
             is_made_here |= node.op == "get_attr" or not (is_outside or any(map(_is_tensor, node.all_input_nodes)))
-    by_head_and_place = (is_made_here or not leaves) and H_INDEX in indices and bool({QUERY, KEY} & indices)
+    is_bias = is_made_here or not leaves or {QUERY, KEY} <= indices
+    by_head_and_place = is_bias and H_INDEX in indices and bool({QUERY, KEY} & indices)
     by_place_alone = not outside_position and bool({QUERY, KEY} & indices)
     return Reason.ALIBI if by_head_and_place or by_place_alone else Reason.ADDITIVE_BIAS
 
