@@ -9,7 +9,7 @@ from torch import fx
 from nsa_compile.passes.axes import Dimension, Dimensions, dimension, dimensions, flat, unify
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.layout import LabelledTensor
-from nsa_compile.passes.metadata import is_cache, is_parameter, number_of, shape_of
+from nsa_compile.passes.metadata import fixed_number_of, is_cache, is_parameter, shape_of
 from nsa_compile.passes.sites import Shape
 from nsa_compile.passes.views import is_view
 
@@ -46,7 +46,7 @@ def read_contraction(node: fx.Node) -> Contraction | None:
     if name == "matmul":
         return _product(node, bound.get("input"), bound.get("other"))
     product = _product(node, bound.get("batch1"), bound.get("batch2"))
-    alpha, beta = number_of(bound.get("alpha", 1)), number_of(bound.get("beta", 1))
+    alpha, beta = fixed_number_of(bound.get("alpha", 1)), fixed_number_of(bound.get("beta", 1))
     if product is None or alpha is None or beta is None or not isinstance(bound.get("input"), fx.Node):
         return None
     return dataclasses.replace(product, alpha=alpha, added=(bound["input"], beta) if beta else None)

@@ -1,5 +1,6 @@
 """What a graph records about its values: shapes, dtypes, devices, the module that owns a node."""
 
+import contextlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -7,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from nsa_compile.passes.sites import Place, Scope, Shape, Size
@@ -113,6 +115,18 @@ def number_of(value: Any) -> "float | int | bool | None":
         if not expression.free_symbols:
             return value.node.pytype(expression)
     return None
+
+
+def fixed_number_of(value: Any) -> "float | int | bool | None":
+    """Returns what `number_of` does, and for a symbolic number, while Dynamo compiles, its value at hand.
+
+    The value is guarded: with another one the graph is compiled anew.
+    """
+    number, recorded = number_of(value), recorded_value(value)
+    if number is None and isinstance(recorded, torch.SymFloat | torch.SymInt) and TracingContext.try_get():
+        with contextlib.suppress(GuardOnDataDependentSymNode):
+            return float(recorded)
+    return number
 
 
 def same_size(left: Size, right: Size) -> bool:

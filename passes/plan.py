@@ -1,6 +1,5 @@
 """Policy: which sites become NSA, with what arguments, and why the others do not."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from nsa_compile.config import NSAConfig
 from nsa_compile.passes.dataflow import ActivationFlow, Relation
 from nsa_compile.passes.learned import LearnedParts, LearnedPartsReader, Marker
 from nsa_compile.passes.mask import MaskProver, VisibleKeys
-from nsa_compile.passes.metadata import device_of, dtype_of, number_of, recorded_value, same_size
+from nsa_compile.passes.metadata import device_of, dtype_of, fixed_number_of, same_size
 from nsa_compile.passes.predicate.interpreter import ConstantReader
 from nsa_compile.passes.scopes import is_extensible, outward
 from nsa_compile.passes.sites import AttentionSite, Place, Reason, Rejection, Scope, Size
@@ -258,8 +257,5 @@ def _scale(site: AttentionSite) -> float | None:
 
 def _specialized(number_or_node: fx.Node | Size) -> float:
     """Fixes a symbolic number by a guard, where Dynamo compiles; NaN where it cannot be fixed."""
-    number, value = number_of(number_or_node), recorded_value(number_or_node)
-    if number is None and isinstance(value, torch.SymFloat | torch.SymInt) and TracingContext.try_get():
-        with contextlib.suppress(GuardOnDataDependentSymNode):
-            number = float(value)
+    number = fixed_number_of(number_or_node)
     return float(number) if number else math.nan

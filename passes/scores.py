@@ -13,6 +13,7 @@ from nsa_compile.passes.constants import constant_of
 from nsa_compile.passes.contractions import Contraction, is_contraction, is_weight, read_contraction
 from nsa_compile.passes.layout import LabelledTensor
 from nsa_compile.passes.metadata import (
+    fixed_number_of,
     number_of,
     recorded_dtype,
     recorded_shape,
@@ -206,6 +207,9 @@ class ScoreReader:
         outcomes = []
         for scores, other in self._operands(state, bound, commutes=not is_divisor):
             number = self._constant(other, state)
+            if number is None and isinstance(recorded_value(other), torch.SymFloat):
+                # A mask before the scale hides a key only if this is positive.
+                number = fixed_number_of(other)
             if number:
                 factor = 1 / number if is_divisor else number
                 return [state.back_to(scores, scale=state.scale * factor)]

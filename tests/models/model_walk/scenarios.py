@@ -84,7 +84,9 @@ CAUSAL = {
     "four tokens, dynamic cache": Scenario(_after(_dynamic_cache, 4)),
     "one token, static cache": Scenario(_after(_static_cache, 1)),
 }
-PADDED, TRAINING, STATIC = "padded", "training", "one token, static cache"
+PADDED, TRAINING = "padded", "training"
+# Those that every decoder is walked through in one implementation of attention.
+MAIN = ("prefill", "without cache", PADDED, TRAINING, "checkpointing", "dynamic lengths", "one token, static cache")
 # Of all other models, without a head.
 BASE = "forward"
 SCENARIOS = {**CAUSAL, BASE: Scenario(base_inputs)}
