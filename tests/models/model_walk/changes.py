@@ -47,5 +47,5 @@ BLIND = {
 
 # Walks whose outputs differ from the dense model's although nothing is rewritten: why that is so.
 NOISY = {
-    ("phimoe", "sdpa", "checkpointing"): "its router draws noise, and Dynamo alone (backend='eager') draws another"
+    ("phimoe", "sdpa", "checkpointing"): "its router draws noise, and Dynamo alone draws another"
 }
