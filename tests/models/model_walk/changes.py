@@ -46,6 +46,4 @@ BLIND = {
 }
 
 # Walks whose outputs differ from the dense model's although nothing is rewritten: why that is so.
-NOISY = {
-    ("phimoe", "sdpa", "checkpointing"): "its router draws noise, and Dynamo alone draws another"
-}
+NOISY = {("phimoe", "sdpa", "checkpointing"): "its router draws noise, and Dynamo alone draws another"}
