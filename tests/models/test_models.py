@@ -66,9 +66,10 @@ def test_padded_decoders(name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_gradients(name):
-    found = check(name, ["training"], ["sdpa", "eager"])
-    assert all(result.error is not None for result in found.values())
-    assert found
+    found = check(name, ["training"], ["sdpa", "eager"]).values()
+    built = [result for result in found if not result.outcome.startswith("not built")]
+    assert built
+    assert all(result.error is not None for result in built)
 
 
 @pytest.mark.slow
