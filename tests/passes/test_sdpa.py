@@ -118,6 +118,38 @@ def test_symbolic_scale_becomes_a_number(rewriting):
     assert outcome.decisions[-1].replacement.scale == 0.3
 
 
+class ScaledInProduct(Scaled):
+    """Written out, with the scale as baddbmm's alpha."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (each.flatten(0, 1) for each in (q, k.expand_as(q), v.expand_as(q)))
+        scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0.0, alpha=self.scale)
+        hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+        return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+class ScaledAfterMask(Scaled):
+    """Written out, with a scale that what the mask hides is divided by too."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        scores = (q @ k.transpose(2, 3)).masked_fill(hidden, torch.finfo(q.dtype).min)
+        return (scores / self.scale).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("model", [ScaledInProduct, ScaledAfterMask])
+def test_symbolic_scale_of_written_out_attention_becomes_a_number(rewriting, model):
+    scale = 0.3 if model is ScaledInProduct else 1 / 0.3
+    outcome = rewriting.rewrite(model(scale), *tensors(), dynamic=True)
+    outcome.assert_rewritten(len(outcome.graphs))
+    assert outcome.decisions[-1].replacement.scale == pytest.approx(0.3)
+
+
+def test_negative_symbolic_scale_of_a_mask_is_declined(rewriting):
+    outcome = rewriting.rewrite(ScaledAfterMask(-2.0), *tensors(), dynamic=True)
+    assert {decision.rejection.reason for decision in outcome.decisions} == {Reason.ADDITIVE_BIAS}
+
+
 DECLINED = {
     "dropout": (Reason.DROPOUT, lambda q, k, v: sdpa(q, k, v, dropout_p=0.1, is_causal=True)),
     "no-mask": (Reason.BIDIRECTIONAL, sdpa),
