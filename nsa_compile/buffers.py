@@ -48,7 +48,7 @@ class BufferReader:
         self._graph_module = graph_module
         self._readable: dict[fx.Node, tuple[int, torch.Tensor, AbstractTensor]] = {}
         self._readings: dict[int, _Reading] = {}
-        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
         if len(placeholders) != len(inputs):
             return
         for place, (node, tensor) in enumerate(zip(placeholders, inputs, strict=True)):

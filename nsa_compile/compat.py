@@ -12,7 +12,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -117,9 +117,13 @@ def users_errors() -> Iterator[None]:
 
 
 def compile_isolated(
-    function: Callable[..., Any], backend: Callable[..., Any], *, fullgraph: bool, dynamic: bool | None
+    function: FunctionType, backend: Callable[..., Any], *, fullgraph: bool, dynamic: bool | None
 ) -> Callable[..., Any]:
-    """Compiles so that recompilations are counted apart from the user's, where torch can do that."""
+    """Compiles so that recompilations are counted apart from the user's, where torch can do that.
+
+    The function gets a code object of its own: Dynamo's caches, and their limits, hang on those.
+    """
+    function = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     isolation: dict[str, Any] = (
         {"isolate_recompiles": True} if "isolate_recompiles" in _parameters(torch.compile) else {}
     )

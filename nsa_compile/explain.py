@@ -1,6 +1,5 @@
 """`explain`: what the backend would do to a model, without compiling it."""
 
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,11 +59,6 @@ def _call(self: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return self(*args, **kwargs)
 
 
-def _own_copy_of_call() -> Callable[..., Any]:
-    """Returns `_call` with a code object of its own: Dynamo's caches hang on those."""
-    return types.FunctionType(_call.__code__.replace(), _call.__globals__, _call.__name__)
-
-
 def _explain_whole(
     model: Callable[..., Any],
     config: NSAConfig,
@@ -89,7 +83,7 @@ def _explain_whole(
         raise _Captured
 
     try:
-        compat.compile_isolated(_own_copy_of_call(), record, fullgraph=True, dynamic=dynamic)(model, *args, **kwargs)
+        compat.compile_isolated(_call, record, fullgraph=True, dynamic=dynamic)(model, *args, **kwargs)
     except _Captured:
         pass
     except NSAError:
@@ -118,7 +112,7 @@ def _explain_broken(
             reports.append(rewrite_graph(graph, config, break_reason=reason, read_constant=reader))
         return graph_module.forward
 
-    compat.compile_isolated(_own_copy_of_call(), record, fullgraph=False, dynamic=dynamic)(model, *args, **kwargs)
+    compat.compile_isolated(_call, record, fullgraph=False, dynamic=dynamic)(model, *args, **kwargs)
     note = f"Dynamo does not capture the model as one graph: {_first_line(why_broken)}"
     return join_reports(config, reports).with_note(note)
 

@@ -34,8 +34,8 @@ def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
     """Finds the attentions of a graph and of the bodies of its higher-order operators.
 
     Args:
-        graph_module: from Dynamo, `torch.export` or `symbolic_trace`, with shapes recorded; it is only read.  While Dynamo
-            compiles, symbolic numbers that scale scores are fixed by guards.
+        graph_module: from Dynamo, `torch.export` or `symbolic_trace`, with shapes recorded; it is only read.
+            While Dynamo compiles, symbolic numbers that scale scores are fixed by guards.
 
     Returns:
         For each attention, in the order of the graphs: a site, its masks yet unproved, or why it cannot be one.

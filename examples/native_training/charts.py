@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 
 def draw_comparison(path: Path) -> Path | None:
@@ -14,13 +15,9 @@ def draw_comparison(path: Path) -> Path | None:
     Returns:
         The picture, beside the file; None where matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    plt = _pyplot()
+    if plt is None:
         return None
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     written = json.loads(path.read_text())
     conditions, outcomes = written["conditions"], written["outcomes"]
     figure, axes = plt.subplots(1, 1 + len(outcomes), figsize=(6 + 4 * len(outcomes), 4), layout="constrained")
@@ -55,13 +52,9 @@ def draw_speed(path: Path) -> Path | None:
     Returns:
         The picture, beside the file; None where matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    plt = _pyplot()
+    if plt is None:
         return None
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     measured = json.loads(path.read_text())
     lengths = [each["shape"]["tokens"] for each in measured]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -82,3 +75,15 @@ def draw_speed(path: Path) -> Path | None:
     figure.savefig(picture, dpi=120)
     plt.close(figure)
     return picture
+
+
+def _pyplot() -> Any:
+    """Returns matplotlib's pyplot, which draws into files; None where it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import types
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,7 +44,7 @@ def run_rewritten(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
             "says what stops it."
         )
     if module not in _compiled:
-        _compiled[module] = compat.compile_isolated(_own_copy_of_call(), _run_graph, fullgraph=False, dynamic=None)
+        _compiled[module] = compat.compile_isolated(_call, _run_graph, fullgraph=False, dynamic=None)
     modules.add(id(module))
     try:
         # Lengths, modes and arguments of a whole program may differ more often than Dynamo expects of one function.
@@ -58,11 +57,6 @@ def run_rewritten(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 def _call(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     # The class's forward: the caller may be one that was put before it on the instance, as accelerate does.
     return type(self).forward(self, *args, **kwargs)
-
-
-def _own_copy_of_call() -> Callable[..., Any]:
-    """Returns `_call` with a code object of its own: Dynamo's caches, and their limits, hang on those."""
-    return types.FunctionType(_call.__code__.replace(), _call.__globals__, _call.__name__)
 
 
 def _run_graph(graph_module: fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from nsa_compile.passes.find import find_sites
 from nsa_compile.passes.hidden import HiddenStates
 from nsa_compile.passes.metadata import scope_path
 from nsa_compile.passes.plan import plan_rewrite
+from nsa_compile.passes.scopes import attribute_of
 from nsa_compile.passes.sites import AttentionSite, Operand, Rejection, Step
 
 # Every attention that can be rewritten, however short the example.
@@ -67,9 +67,7 @@ def survey(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     reader = _Reader(model)
     with compat.undisturbed_dynamo(), _evaluation(model), torch.no_grad():
         try:
-            compat.compile_isolated(_own_copy_of_call(), reader.whole, fullgraph=True, dynamic=False)(
-                model, *args, **kwargs
-            )
+            compat.compile_isolated(_call, reader.whole, fullgraph=True, dynamic=False)(model, *args, **kwargs)
         except _Captured:
             return reader.result()
         except NSAError:
@@ -77,7 +75,7 @@ def survey(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         except RuntimeError:
             # Dynamo's errors derive from it; an error of the model itself comes again.
             reader = _Reader(model)
-            call = compat.compile_isolated(_own_copy_of_call(), reader.part, fullgraph=False, dynamic=False)
+            call = compat.compile_isolated(_call, reader.part, fullgraph=False, dynamic=False)
             call(model, *args, **kwargs)
     return reader.result()
 
@@ -89,10 +87,6 @@ class _Captured(BaseException):
 def _call(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     # The name `self` makes Dynamo name modules below the model: "L['self'].model.layers.0".
     return self(*args, **kwargs)
-
-
-def _own_copy_of_call() -> Callable[..., Any]:
-    return types.FunctionType(_call.__code__.replace(), _call.__globals__, _call.__name__)
 
 
 @contextlib.contextmanager
@@ -141,7 +135,7 @@ class _Reader:
 
     def _read(self, graph_module: fx.GraphModule) -> Callable[[tuple[Any, ...]], None]:
         """Reads the graph; returns what notes the attentions once the graph's inputs, parameters too, are there."""
-        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        placeholders = graph_module.graph.find_nodes(op="placeholder")
         plan, hidden = plan_rewrite(find_sites(graph_module), _ALL_LENGTHS), HiddenStates()
         pending: list[tuple[AttentionSite, Operand, list[fx.Node]]] = []
         for decision in plan.decisions:
@@ -158,7 +152,9 @@ class _Reader:
         def note(inputs: tuple[Any, ...]) -> None:
             values = dict(zip(placeholders, inputs, strict=True))
             for site, states, nodes in pending:
-                read = [values[node] if node in values else _attribute(graph_module, node) for node in nodes]
+                read = [
+                    values[node] if node in values else attribute_of(graph_module, str(node.target)) for node in nodes
+                ]
                 self._note(site, states, [each for each in read if isinstance(each, nn.Parameter)])
             pending.clear()
 
@@ -202,10 +198,3 @@ def _operands(steps: tuple[Step, ...]) -> Iterator[fx.Node]:
             if isinstance(argument, Operand):
                 yield argument.node
                 yield from _operands(argument.steps)
-
-
-def _attribute(graph_module: fx.GraphModule, node: fx.Node) -> Any:
-    value: Any = graph_module
-    for name in str(node.target).split("."):
-        value = getattr(value, name, None)
-    return value
