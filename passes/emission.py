@@ -184,7 +184,8 @@ def erase_dead(graph_module: fx.GraphModule, orphans: Iterable[fx.Node]) -> list
 def _erase_unused(node: fx.Node, sharing: Mapping[int, Sequence[fx.Node]], depth: int = 0) -> None:
     """Erases users of a node that nothing comes of, and chains of them."""
     for user in list(node.users):
-        is_functional = isinstance(user.target, torch._ops.OpOverload) and not user.target._schema.is_mutable
+        # Impure are assertions, which somebody wants although nobody reads them.
+        is_functional = isinstance(user.target, torch._ops.OpOverload) and not user.is_impure()
         if is_functional and depth < _LONGEST_UNUSED:
             _erase_unused(user, sharing, depth + 1)
         if user.users or not (is_functional or operation(user) in _SILENT):

@@ -4,6 +4,9 @@ A mask is a graph of ordinary operations.  The prover evaluates it abstractly, a
 query i and key j with symbolic sizes and data left open, and reads the formula as one interval of keys per query,
 less padding (nsa.md).  What it accepts holds for every size and every value; nothing is run and nothing is guessed.
 
+Padding is often written as `(1 - mask) * -10000`, which hides keys only if the mask from outside holds 0 and 1 alone.
+That is data, so it is not proved but checked: the interval's nodes include an assertion.
+
 What it takes for granted, because no graph can show it: 32- and 64-bit integers do not overflow; positions are below
 2**24, where float32 holds every integer; a bias of at most `MASKED_BELOW` hides a key, as models mean it; in a
 row where every key is hidden nobody looks at what attention returns; and a `BlockMask` that comes from outside lists
@@ -11,7 +14,6 @@ the blocks of its own mask_mod, as torch's eager flex_attention, which reads the
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Hashable, Iterable
 
@@ -25,78 +27,18 @@ from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.additive import unbiased
 from nsa_compile.passes.predicate.cases import Cases, cases_of, combine, formula_of, value_symbols
 from nsa_compile.passes.predicate.causes import cause_of_bias, is_selection
-from nsa_compile.passes.predicate.emission import EmittedInterval, emit, is_plain_causal, sizes_needed
+from nsa_compile.passes.predicate.emission import EmittedInterval, emit, sizes_needed
 from nsa_compile.passes.predicate.facts import decide
 from nsa_compile.passes.predicate.formula import compare, conjunction, disjunction, map_atoms, negation
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder, HeldSizes
 from nsa_compile.passes.predicate.interpreter import ConstantReader, Interpreter
 from nsa_compile.passes.predicate.interval import Interval, Limit, Refusal, Sizes, read_interval
-from nsa_compile.passes.predicate.tensor import (
-    B_INDEX,
-    KEY,
-    QUERY,
-    Leaf,
-    number_expression,
-    size_expression,
-)
+from nsa_compile.passes.predicate.suppositions import check_binary, doubted
+from nsa_compile.passes.predicate.tensor import KEY, QUERY, Leaf, number_expression, size_expression
 from nsa_compile.passes.predicate.terms import TRUE, Formula, UnknownError, expressions
 from nsa_compile.passes.predicate.words import text
 from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Reason, Rejection, Scope
-
-
-@dataclasses.dataclass(frozen=True)
-class VisibleKeys:
-    """The keys that each query may see, proved.
-
-    Attributes:
-        interval: in terms of b, i and j.
-        sizes: of the attention.
-        scope: the graph that holds all the data which the interval needs; the interval's nodes go there.
-        leaves: that data.
-    """
-
-    interval: Interval
-    sizes: Sizes
-    scope: Scope = dataclasses.field(compare=False)
-    leaves: tuple[Leaf, ...] = dataclasses.field(default=(), compare=False)
-
-    @property
-    def proof(self) -> tuple[str, ...]:
-        """One sentence for each part of the mask."""
-        return self.interval.proof
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether a query's last key is its own place (then no last keys are computed)."""
-        return is_plain_causal(self.interval)
-
-    @property
-    def is_trivial(self) -> bool:
-        """Whether nothing needs to be computed: plain causal, or a single query that sees every key."""
-        interval = self.interval
-        return not (interval.first or interval.keys or interval.queries or (interval.last and not self.is_causal))
-
-    def key(self) -> Hashable:
-        """Equal for attentions whose intervals have the same nodes."""
-        interval = self.interval
-        ends = (frozenset(interval.first), frozenset(interval.last))
-        return (*ends, frozenset(interval.keys), frozenset(interval.queries), self.sizes, id(self.scope.graph_module))
-
-    def describe(self) -> str:
-        """The mask in a few words, such as "causal, window 8, padding"."""
-        interval = self.interval
-        last = [bound.position for bound in interval.last if isinstance(bound, Limit)]
-        words = ["causal" if self.is_causal else "all keys" if not last else "causal from a position"]
-        for bound in interval.first:
-            if not isinstance(bound, Limit):
-                words.append("documents")
-                continue
-            widths = [sympy.expand(position - bound.position + 1) for position in last]
-            constant = [width for width in widths if not width.free_symbols & {QUERY, B_INDEX}]
-            words.append(f"window {constant[0]}" if constant else f"from key {text(bound.position)}")
-        words += ["padding"] if interval.keys else []
-        words += ["padded queries"] if interval.queries else []
-        return ", ".join(words)
+from nsa_compile.passes.visible import VisibleKeys
 
 
 class MaskProver:
@@ -105,10 +47,14 @@ class MaskProver:
     Args:
         read_constant: given a placeholder or get_attr node and its scope, the values of the tensor if nothing can
             change them unnoticed (a buffer that no node writes and that is guarded), else None.
+        binary: names of data from outside that is supposed to hold 0 and 1 alone.
     """
 
-    def __init__(self, read_constant: ConstantReader | None = None) -> None:
-        self._interpreter = Interpreter(read_constant)
+    def __init__(self, read_constant: ConstantReader | None = None, binary: frozenset[str] = frozenset()) -> None:
+        self._read_constant = read_constant
+        self._binary = binary
+        self._supposing: dict[frozenset[str], MaskProver] = {}
+        self._interpreter = Interpreter(read_constant, binary)
         self._masks = MaskValues(self._interpreter)
         self._proved: dict[Hashable, VisibleKeys | Rejection] = {}
         self._held: dict[fx.Graph, HeldSizes] = {}
@@ -134,8 +80,41 @@ class MaskProver:
         seen = tuple((mask, None if mask.predicate else writes.last_write(mask.node, place)) for mask in masks)
         key = (seen, is_causal, sizes, scope.graph_module)
         if key not in self._proved:
-            self._proved[key] = self._prove(masks, is_causal, sizes, scope, reader)
+            result = self._prove(masks, is_causal, sizes, scope, reader)
+            if isinstance(result, Rejection):
+                result = self._supposed(result, masks, is_causal, sizes, scope, reader)
+            self._proved[key] = result
         return self._proved[key]
+
+    def _supposed(
+        self,
+        rejection: Rejection,
+        masks: tuple[Mask, ...],
+        is_causal: bool,
+        sizes: Sizes,
+        scope: Scope,
+        reader: fx.Node,
+    ) -> VisibleKeys | Rejection:
+        """Tries once more where a bias stopped the proof, supposing that what it is computed of is 0 or 1."""
+        names: frozenset[str] = frozenset()
+        for mask in masks:
+            if mask.kind is MaskKind.ADDITIVE and tensor_of(mask.node) is not None:
+                with contextlib.suppress(UnknownError):
+                    _, bias = self._unbiased(mask, sizes, scope, reader)
+                    names |= frozenset() if bias is None else doubted(self._leaves([bias]), self._interpreter.leaf)
+        if names <= self._binary:
+            return rejection
+        result = self._where_binary(self._binary | names).prove(masks, is_causal, sizes, scope, reader)
+        is_told = isinstance(result, VisibleKeys) or result.reason is Reason.MASK_IS_INPUT
+        return result if is_told else rejection
+
+    def _where_binary(self, names: frozenset[str]) -> "MaskProver":
+        """The prover that supposes so."""
+        if names == self._binary:
+            return self
+        if names not in self._supposing:
+            self._supposing[names] = MaskProver(self._read_constant, names)
+        return self._supposing[names]
 
     def _prove(
         self, masks: tuple[Mask, ...], is_causal: bool, sizes: Sizes, scope: Scope, reader: fx.Node
@@ -205,8 +184,7 @@ class MaskProver:
             return formula_of(value)
         if mask.kind in (MaskKind.WEIGHT, MaskKind.GATE):
             return self._weighed(mask, cases_of(value))
-        factor = number_expression(mask.factor)
-        allowed, bias = unbiased(combine(lambda bias: bias * factor, value))
+        allowed, bias = self._unbiased(mask, sizes, scope, reader)
         if bias is None:
             return allowed
         leaves = self._leaves([bias])
@@ -214,6 +192,11 @@ class MaskProver:
         what = text(bias) + (f", and {leaves[0].name} is data: {leaves[0].cause}" if leaves else "")
         nodes = tuple(leaf.written_by for leaf in leaves) or (mask.node,)
         return Rejection(reason, f"{mask.node.name} adds to the scores {what}.", nodes)
+
+    def _unbiased(self, mask: Mask, sizes: Sizes, scope: Scope, reader: fx.Node) -> tuple[Formula, sympy.Expr | None]:
+        """Where an additive mask leaves the scores as they are, and the first bias that no mask adds."""
+        factor = number_expression(mask.factor)
+        return unbiased(combine(lambda bias: bias * factor, self._masks.value(mask, sizes, scope, reader)))
 
     def _weighed(self, mask: Mask, cases: Cases) -> Formula | Rejection:
         """Where a mask that multiplies the weights is 1; elsewhere it has to be 0."""
@@ -240,7 +223,8 @@ class MaskProver:
                 reason = Reason.ALREADY_SPARSE
             nodes = tuple(leaf.written_by for leaf in result.leaves) or mask_nodes
             return Rejection(reason, f"{result.sentence}.", nodes)
-        leaves = self._leaves(_parts(result))
+        checked = tuple(map(self._interpreter.leaf, sorted(self._binary)))
+        leaves = tuple(dict.fromkeys((*self._leaves(_parts(result)), *checked)))
         inside = [leaf for leaf in leaves if not _is_around(leaf.scope, scope)]
         if inside:
             sentence = f"{inside[0].name} is computed inside of the mask's own graph, and {inside[0].cause}."
@@ -258,7 +242,7 @@ class MaskProver:
         if missing:
             sentence = f"Nothing before the attention holds the size {missing[0]}, which the mask needs."
             return Rejection(Reason.MASK_NOT_PROVED, sentence, mask_nodes)
-        return VisibleKeys(result, sizes, home, leaves)
+        return VisibleKeys(result, sizes, home, leaves, self._binary)
 
     def _held_sizes(self, scope: Scope) -> HeldSizes:
         graph = scope.graph_module.graph
@@ -270,15 +254,20 @@ class MaskProver:
         names = {application.func.__name__ for part in parts for application in part.atoms(AppliedUndef)}
         return tuple(self._interpreter.leaf(name) for name in sorted(names))
 
-    def emit(self, visible: VisibleKeys, before: fx.Node, device: torch.device) -> EmittedInterval:
-        """Adds the nodes that compute the visible keys.
+    def emit(
+        self, visible: VisibleKeys, before: fx.Node, device: torch.device, attention: str = "an attention"
+    ) -> EmittedInterval:
+        """Adds the nodes that compute the visible keys, and check what they suppose.
 
         Args:
             visible: what was proved.
             before: a node of `visible.scope`'s graph; the new nodes are inserted directly before it, copies of data
                 that is overwritten on the way where it still has its value.
             device: where new tensors live.
+            attention: what a check that fails calls the attention.
         """
+        if visible.binary != self._binary:
+            return self._where_binary(visible.binary).emit(visible, before, device, attention)
         builder = GraphBuilder(visible.scope.graph_module, before, device, self._held_sizes(visible.scope))
         writes = self._interpreter.writes(visible.scope)
 
@@ -287,7 +276,10 @@ class MaskProver:
             overwritten = any(True for _ in writes.after(leaf.node, writes.position(leaf.written_by)))
             return builder.snapshot(leaf.node, leaf.written_by) if overwritten else leaf.node
 
-        return emit(visible.interval, visible.sizes, builder, functools.cache(read), self._interpreter.leaf)
+        read = functools.cache(read)
+        for leaf in map(self._interpreter.leaf, sorted(visible.binary)):
+            check_binary(leaf, builder, read, attention)
+        return emit(visible.interval, visible.sizes, builder, read, self._interpreter.leaf)
 
 
 def sizes_of(site: AttentionSite) -> Sizes:

@@ -12,11 +12,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, s
 from nsa_compile.config import NSAConfig
 from nsa_compile.passes.dataflow import ActivationFlow, Relation
 from nsa_compile.passes.learned import LearnedParts, LearnedPartsReader, Marker
-from nsa_compile.passes.mask import MaskProver, VisibleKeys
+from nsa_compile.passes.mask import MaskProver
 from nsa_compile.passes.metadata import device_of, dtype_of, fixed_number_of, same_size
 from nsa_compile.passes.predicate.interpreter import ConstantReader
 from nsa_compile.passes.scopes import is_extensible, outward
 from nsa_compile.passes.sites import AttentionSite, Place, Reason, Rejection, Scope, Size
+from nsa_compile.passes.visible import VisibleKeys
 
 # Largest head size that the GPU kernels keep in registers and shared memory.
 MAX_HEAD_SIZE = 256

@@ -49,8 +49,9 @@ class _Rewrite:
             self._note_scope(scope)
         # All intervals first: rewriting erases nodes that a later interval may still want to read.
         for key, anchor, replacement in self._first_users():
-            device = device_of(replacement.site.query.node)
-            self._intervals[key] = self._plan.prover.emit(replacement.visible, anchor, device)
+            device, module = device_of(replacement.site.query.node), replacement.site.place.module
+            attention = f"the attention in {module}" if module else "an attention"
+            self._intervals[key] = self._plan.prover.emit(replacement.visible, anchor, device, attention)
         for replacement in self._plan.replacements:
             self._rewrite_site(replacement)
         self._erase_markers()

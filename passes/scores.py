@@ -267,6 +267,9 @@ class ScoreReader:
 
     def _hidden(self, state: _State, scores: Any, mask: Any, kind: MaskKind, value: Any) -> _Outcome:
         number = self._constant(value, state)
+        if number is None and isinstance(recorded_value(value), torch.SymFloat):
+            # A module's attribute under dynamic shapes: it is the same from call to call.
+            number = fixed_number_of(value)
         if number is None or not isinstance(mask, fx.Node) or not isinstance(scores, fx.Node):
             return Problem(Reason.UNKNOWN_SPELLING, f"{state.node} fills in something unknown.", (state.node,))
         if number * state.scale > MASKED_BELOW:

@@ -8,7 +8,7 @@ from nsa_compile.passes.predicate.tensor import (
     AbstractTensor,
     make_tensor,
 )
-from nsa_compile.passes.predicate.terms import Cast, UnknownError, cast_to, is_exact
+from nsa_compile.passes.predicate.terms import Cast, RoundedError, UnknownError, cast_to, is_exact
 
 # Integers of these dtypes are taken not to overflow.
 WIDE_INTEGERS = (torch.int32, torch.int64)
@@ -25,12 +25,12 @@ def check_exact(dtype: torch.dtype, *expressions: sympy.Expr) -> None:
     """Refuses arithmetic whose rounding or overflow the exact expressions would hide.
 
     Raises:
-        UnknownError: data is computed with in a narrow integer or a floating-point dtype.
+        RoundedError: data is computed with in a narrow integer or a floating-point dtype.
     """
     if dtype in WIDE_INTEGERS or dtype == torch.bool:
         return
     if any(is_data(expression) for expression in expressions):
-        raise UnknownError(f"it computes with data in {dtype}, where the result may be rounded or overflow")
+        raise RoundedError(f"it computes with data in {dtype}, where the result may be rounded or overflow")
 
 
 def is_single_step(values: tuple[sympy.Expr, ...], result: sympy.Expr) -> bool:
@@ -98,7 +98,7 @@ def _converted_value(value: Value, source: torch.dtype, dtype: torch.dtype) -> V
         same_integer = is_exact(expression) and expression.is_integer and dtype in WIDE_INTEGERS
         if is_data(expression) and not same_integer and not (source == torch.float32 and dtype == torch.float64):
             if isinstance(expression, (sympy.Add, sympy.Mul)) and not is_exact(expression):
-                raise UnknownError(f"it converts a sum of data to {dtype}")
+                raise RoundedError(f"it converts a sum of data to {dtype}")
             return cast_to(expression, str(dtype).removeprefix("torch."))
         return representable(dtype, expression)
 

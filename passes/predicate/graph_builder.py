@@ -23,6 +23,7 @@ from nsa_compile.passes.predicate.terms import arguments_of
 _ATEN: dict[str, Any] = {
     "abs": torch.ops.aten.abs.default,
     "add": torch.ops.aten.add.Tensor,
+    "all": torch.ops.aten.all.default,
     "arange": torch.ops.aten.arange.start,
     "broadcast_to": torch.ops.aten.broadcast_to.default,
     "clamp": torch.ops.aten.clamp.default,
@@ -147,6 +148,11 @@ class GraphBuilder:
         if self.value(node).dtype == dtype:
             return node
         return self._add(torch.ops.aten.to.dtype if self._is_exported else torch.Tensor.to, (node, dtype), {})
+
+    def check(self, condition: fx.Node, message: str) -> None:
+        """Adds an error where a condition, a bool of rank 0, does not hold when the graph runs."""
+        # The operator in every dialect: caches do not take torch's function, whose name is private.
+        self._emitter.call(torch.ops.aten._assert_async.msg, (condition, message), {}, None)
 
     def contiguous(self, node: fx.Node) -> fx.Node:
         """The tensor, contiguous."""

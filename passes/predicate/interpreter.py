@@ -12,9 +12,10 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
-from nsa_compile.passes.metadata import recorded_constant, recorded_value, tensor_of
+from nsa_compile.passes.metadata import fixed_number_of, recorded_constant, recorded_value, tensor_of
 from nsa_compile.passes.predicate import (
     operations_arithmetic,
     operations_creation,
@@ -33,11 +34,12 @@ from nsa_compile.passes.predicate.overwriting import overwrite
 from nsa_compile.passes.predicate.tensor import (
     AbstractTensor,
     Leaf,
+    binary_tensor,
     leaf_tensor,
     number,
     size_expression,
 )
-from nsa_compile.passes.predicate.terms import UnknownError
+from nsa_compile.passes.predicate.terms import RoundedError, UnknownError
 from nsa_compile.passes.predicate.writes import Write, Writes, target_name
 from nsa_compile.passes.sites import Scope
 
@@ -81,10 +83,12 @@ class Interpreter:
 
     Args:
         read_constant: gives the values of tensors that may be read at compile time.
+        binary: names of data from outside that is supposed to hold 0 and 1 alone.
     """
 
-    def __init__(self, read_constant: ConstantReader | None = None) -> None:
+    def __init__(self, read_constant: ConstantReader | None = None, binary: frozenset[str] = frozenset()) -> None:
         self._read_constant = read_constant
+        self._binary = binary
         self._values: dict[Source, AbstractTensor] = {}
         self._writes: dict[fx.Graph, Writes] = {}
         self._leaves: dict[str, Leaf] = {}
@@ -179,6 +183,8 @@ class Interpreter:
         value = recorded_value(argument)
         if isinstance(value, torch.SymInt):
             return size_expression(value)
+        # Under dynamic shapes the number that a module masks with is an input too.
+        value = fixed_number_of(argument) if isinstance(value, torch.SymFloat) else value
         return value if isinstance(value, (bool, int, float)) else None
 
     def _compute(self, source: Source) -> AbstractTensor:
@@ -194,7 +200,8 @@ class Interpreter:
                 return constant
             outside = node.op in ("placeholder", "get_attr")
             cause = "it comes from outside the graph" if outside else f"the prover does not know {target_name(node)}"
-            return leaf_tensor(self._make_leaf(source, cause))
+            leaf = self._make_leaf(source, cause)
+            return binary_tensor(leaf) if leaf.name in self._binary else leaf_tensor(leaf)
         try:
             recorded = _result(node)
             if recorded is None:
@@ -205,11 +212,18 @@ class Interpreter:
             if value.rank != recorded.dim():
                 raise UnknownError("its shape is not the one that the graph records")
         except UnknownError as error:
-            return leaf_tensor(self._make_leaf(source, str(error)))
+            data = self._data_read(source) if isinstance(error, RoundedError) else ()
+            return leaf_tensor(self._make_leaf(source, str(error), computed_of=data))
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
             # Arguments of a kind that the handler was not written for; the result is data then.
             return leaf_tensor(self._make_leaf(source, f"its arguments cannot be followed ({error})"))
         return self._in_order(source, value)
+
+    def _data_read(self, source: Source) -> tuple[str, ...]:
+        """Names of the data in the numbers that a node reads."""
+        values = (self._values[need].value for need in self._needs(source))
+        numbers = (number for value in values if isinstance(value, tuple) for _, number in value)
+        return tuple(sorted({part.func.__name__ for number in numbers for part in number.atoms(AppliedUndef)}))
 
     def _in_order(self, source: Source, value: AbstractTensor) -> AbstractTensor:
         """Makes numbers of two cases that never decrease data of which just this is known: comparisons need no more."""
@@ -293,6 +307,7 @@ class Interpreter:
         source: Source,
         cause: str,
         same_as: Hashable = None,
+        computed_of: tuple[str, ...] = (),
         **known: Any,
     ) -> Leaf:
         node = source.node
@@ -317,6 +332,7 @@ class Interpreter:
             cause=cause,
             stale=source.stale,
             mapped=mapped,
+            computed_of=computed_of,
             # What is known of data along its own axes is not known of the others.
             **({} if mapped else known),
         )

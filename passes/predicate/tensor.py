@@ -87,6 +87,7 @@ class Leaf:
         stale: the tensor is overwritten in a way that leaves the value unknown; it must not be used.
         mapped: indices that the values depend on beside the tensor's own: it is inside torch.vmap or a predicate, where
             one element stands for all; it can be reasoned about, but not read from the graph.
+        computed_of: names of the data that it is the sum or product of, where the arithmetic may round.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Leaf:
     summand: Formula | None = None
     stale: bool = False
     mapped: tuple[sympy.Symbol, ...] = ()
+    computed_of: tuple[str, ...] = ()
 
     @property
     def function(self) -> Any:
@@ -202,3 +204,8 @@ def leaf_tensor(leaf: Leaf) -> AbstractTensor:
     """The tensor of a leaf: its function at the index, for bool whether it is not 0."""
     index = [ZERO if size == 1 else axis(number) for number, size in enumerate(leaf.shape)]
     return make_tensor(leaf.shape, leaf.dtype, number(leaf.function(*index, *leaf.mapped)))
+
+
+def binary_tensor(leaf: Leaf) -> AbstractTensor:
+    """The tensor of a leaf that holds 0 and 1 alone: 1 where it is not 0."""
+    return make_tensor(leaf.shape, leaf.dtype, formula_of(leaf_tensor(leaf).value))

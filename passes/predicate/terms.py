@@ -35,6 +35,10 @@ class UnknownError(Exception):
     """
 
 
+class RoundedError(UnknownError):
+    """The result of adding and multiplying data may be rounded or overflow."""
+
+
 class Relation(enum.Enum):
     """How an atom's expression is compared with 0."""
 

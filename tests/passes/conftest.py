@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from nsa_compile import NSAConfig
 from nsa_compile.passes.find import find_sites
-from nsa_compile.passes.mask import MaskProver, VisibleKeys, sizes_of
+from nsa_compile.passes.mask import MaskProver, sizes_of
 from nsa_compile.passes.metadata import recorded_value, tensor_of
 from nsa_compile.passes.plan import Decision, plan_rewrite
 from nsa_compile.passes.predicate.interval import Sizes
@@ -23,6 +23,7 @@ from nsa_compile.passes.predicate.tensor import size_expression
 from nsa_compile.passes.rewrite import apply_plan
 from nsa_compile.passes.scopes import walk_scopes
 from nsa_compile.passes.sites import AttentionSite, Mask, MaskKind, Reason, Rejection, Scope
+from nsa_compile.passes.visible import VisibleKeys
 
 SDPA = (
     functional.scaled_dot_product_attention,

@@ -172,6 +172,13 @@ WITH_DATA = {
         (PAD.bool(),),
         "causal, padding",
     ),
+    "padding of any numbers, times a number": (
+        lambda q, k, m: (
+            torch.where(causal(q, k), 0.0, NEG) + (1.0 - m[:, None, None, :]) * torch.finfo(torch.float32).min
+        ),
+        (PAD,),
+        "causal, checked padding",
+    ),
     "padding by a product": (
         lambda q, k, m: (causal(q, k).long() * m[:, None, None, :]).bool(),
         (PAD,),

@@ -184,8 +184,8 @@ DECLINED = {
     "hardly hidden": (lambda q, k: torch.where(causal(q, k), 0.0, -100.0), (), Reason.ADDITIVE_BIAS),
     "visible is not 0": (lambda q, k: torch.where(causal(q, k), 1.0, NEG), (), Reason.ADDITIVE_BIAS),
     "hidden to the wrong side": (lambda q, k: torch.where(causal(q, k), 0.0, 1e9), (), Reason.ADDITIVE_BIAS),
-    "padding of any numbers, times a number": (
-        lambda q, k, m: additive(causal(q, k)) + (1.0 - m[:, None, None, :]) * -1e9,
+    "padding of any numbers, times a small number": (
+        lambda q, k, m: additive(causal(q, k)) + (1.0 - m[:, None, None, :]) * -1e3,
         (PAD,),
         Reason.ADDITIVE_BIAS,
     ),
@@ -296,7 +296,7 @@ def test_a_padding_bias_of_unknown_values_hides_the_future_from_nobody(has_order
     """Alone it makes an encoder, whatever it holds; beside a causal mask it is what stops the proof."""
 
     def attend(query, key, value, mask):
-        unknown = (1.0 - mask[:, None, None, :].repeat(1, 3 if is_repeated else 1, 1, 1)) * -10000.0
+        unknown = (1.0 - mask[:, None, None, :].repeat(1, 3 if is_repeated else 1, 1, 1)) * -1000.0
         scores = query @ key.mT + unknown
         return (scores + additive(causal(query, key)) if has_order else scores).softmax(-1) @ value
 

@@ -72,6 +72,18 @@ class MadeMask(Attention):
         return self.options.softmax(scores) @ v
 
 
+class NumberKept(Attention):
+    """Masks by a number that the module keeps: an input of the graph under dynamic shapes."""
+
+    def __init__(self, apply) -> None:
+        super().__init__()
+        self.apply_mask = apply
+        self.minimum = -1e9
+
+    def attend(self, q, k, v):
+        return self.apply_mask(q @ k.mT * D**-0.5, self.minimum).softmax(-1) @ v
+
+
 class GPT2(Attention):
     def attend(self, q, k, v):
         w = torch.matmul(q, k.transpose(-1, -2)) / (v.size(-1) ** 0.5)
@@ -432,6 +444,8 @@ class Dropped(Attention):
 MODULES = {
     "nanogpt": (NanoGPT, ("",), ("DROPOUT",)),
     "mingpt": (MinGPT, ("MASK_IS_INPUT",), ("DROPOUT",)),
+    "number-filled": (lambda: NumberKept(lambda s, n: s.masked_fill(full(s).tril() == 0, n)), ("",), None),
+    "number-multiplied": (lambda: NumberKept(lambda s, n: s + (1.0 - full(s).tril()) * n), ("",), None),
     "gpt2": (GPT2, ("",), None),
     "openai-gpt": (OpenAIGPT, ("",), None),
     "openai-gpt-half-hidden": (OpenAIGPTWithoutHiding, ("MULTIPLIED_SCORES",), None),
@@ -483,7 +497,13 @@ def test_training(handwritten, name):
     handwritten.check_training(case_of(handwritten, name))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "neox", "multi-query-rows", "openai-gpt", "way-window-difference"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gpt2", "gptj", "neox", "multi-query-rows", "openai-gpt", "way-window-difference"),
+        *("number-filled", "number-multiplied"),
+    ],
+)
 def test_evaluation(handwritten, name):
     handwritten.check_evaluation(case_of(handwritten, name))
 

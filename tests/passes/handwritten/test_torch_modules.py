@@ -161,6 +161,12 @@ PADDINGS = {
     "inverted": lambda s, keep, h: (
         s.masked_fill(h, -torch.inf) + torch.zeros(B, 1, 1, T).masked_fill(~keep[:, None, None].bool(), -torch.inf)
     ),
+    "multiplied": lambda s, keep, h: s.masked_fill(h, -1e9) + (1 - keep[:, None, None]) * -10000,
+    "multiplied-floats": lambda s, keep, h: (
+        s.masked_fill(h, -torch.inf) + (1.0 - keep[:, None, None].to(s.dtype)) * torch.finfo(s.dtype).min
+    ),
+    "multiplied-after-causal": lambda s, keep, h: s + (1.0 - (~h).to(s.dtype) * keep[:, None, None]) * -10000.0,
+    "multiplied-minus-one": lambda s, keep, h: s + (keep[:, None, None] - 1) * 1e9 - h.float() * 1e9,
     "bert": lambda s, keep, h: s + torch.where(keep[:, None, None] > 0, 0.0, -10000.0) + h * -10000.0,
 }
 

@@ -1,0 +1,60 @@
+"""What is supposed of masks from outside, where only then they are masks: that they hold 0 and 1 alone.
+
+`(1 - mask) * -10000` hides keys from queries if the mask is 0 or 1 everywhere, and is a bias if it is not.  Nothing in
+a graph tells which; so the graph is made to check it, and the rewrite is right whenever the check lets it run.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from nsa_compile.passes.metadata import tensor_of
+from nsa_compile.passes.predicate.causes import is_parameter
+from nsa_compile.passes.predicate.graph_builder import GraphBuilder
+from nsa_compile.passes.predicate.tensor import Leaf
+
+
+def doubted(leaves: tuple[Leaf, ...], leaf: Callable[[str], Leaf]) -> frozenset[str]:
+    """Names the data from outside that would have to be 0 and 1 for a bias to be a mask.
+
+    Args:
+        leaves: the data in the bias.
+        leaf: finds a leaf by its name.
+
+    Returns:
+        The names; none where the bias is made of anything else, or is learned: that is no padding.
+    """
+    names: set[str] = set()
+    pending, seen = list(leaves), set[str]()
+    while pending:
+        current = pending.pop()
+        if current.name in seen:
+            continue
+        seen.add(current.name)
+        if current.computed_of:
+            pending += map(leaf, current.computed_of)
+        elif _may_be_padding(current):
+            names.add(current.name)
+        else:
+            return frozenset()
+    return frozenset(names)
+
+
+def _may_be_padding(leaf: Leaf) -> bool:
+    tensor = tensor_of(leaf.node)
+    is_outside = leaf.written_by.op in ("placeholder", "get_attr") and not leaf.stale
+    # A gradient would be lost, which padding has no use for.
+    is_fixed = not is_parameter(leaf.node) and tensor is not None and not tensor.requires_grad
+    return is_outside and is_fixed and bool(leaf.shape) and leaf.dtype != torch.bool and not leaf.dtype.is_complex
+
+
+def check_binary(leaf: Leaf, builder: GraphBuilder, read: Callable[[Leaf], fx.Node], attention: str) -> None:
+    """Adds nodes that raise an error, when the graph runs, unless data holds 0 and 1 alone (NaN is neither)."""
+    values = read(leaf)
+    is_binary = builder.call("logical_or", builder.call("eq", values, 0), builder.call("eq", values, 1))
+    builder.check(
+        builder.call("all", is_binary),
+        f"nsa_compile has put NSA in the place of {attention}, whose mask {leaf.name} is padding only if it holds "
+        f"0 and 1 alone; now it holds something else. Pass 0 and 1, or a bool mask, or leave this model dense.",
+    )
