@@ -28,6 +28,7 @@ SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(("exp2_", "special_exp2"), "exp2"),
     **dict.fromkeys(("_log_softmax", "special_log_softmax"), "log_softmax"),
     "special_logsumexp": "logsumexp",
+    "vector_norm": "linalg_vector_norm",
     "reciprocal_": "reciprocal",
     **dict.fromkeys(("concat", "concatenate"), "cat"),
     **dict.fromkeys(("_to_copy", "type", "type_as", "float", "half", "bfloat16", "double"), "to"),
@@ -66,6 +67,9 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "log_softmax": ("input", "dim", "dtype"),
     "logsumexp": ("input", "dim", "keepdim"),
     "sum": ("input", "dim", "keepdim", "dtype"),
+    "norm": ("input", "ord", "dim", "keepdim", "dtype"),
+    "linalg_vector_norm": ("input", "ord", "dim", "keepdim", "dtype"),
+    "normalize": ("input", "ord", "dim", "eps"),
     "reciprocal": ("input",),
     "cat": ("tensors", "dim"),
     "to": ("input",),
@@ -80,6 +84,7 @@ _PARAMETER_SYNONYMS: Mapping[str, str] = {
     "half_to_float": "dtype",
     "y": "other",
     "axis": "dim",
+    "p": "ord",
     "keepdims": "keepdim",
 }
 # Keyword arguments that say nothing about the value.
@@ -119,7 +124,7 @@ def arguments(node: fx.Node) -> "dict[str, Any] | None":
         return None
     bound = dict(zip(names, node.args, strict=False))
     for keyword, value in node.kwargs.items():
-        name = _PARAMETER_SYNONYMS.get(keyword, keyword)
+        name = keyword if keyword in names else _PARAMETER_SYNONYMS.get(keyword, keyword)
         if name in _IGNORED:
             continue
         if name in bound or name not in names:

@@ -119,6 +119,20 @@ def _read_einsum(node: fx.Node) -> Contraction | None:
     )
 
 
+def read_einsum_sum(node: fx.Node) -> int | None:
+    """Reads an einsum of one tensor that leaves one dimension out: the dimension that it sums over."""
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    shape = shape_of(operands[0]) if len(operands) == 1 else None
+    terms = _terms(equation.replace(" ", ""), [shape]) if isinstance(equation, str) and shape is not None else None
+    if terms is None:
+        return None
+    (term,), result = terms
+    summed = [number for number in range(len(term)) if term[:number] + term[number + 1 :] == result]
+    return summed[0] if summed else None
+
+
 def _own(axes: Dimension, size: Any) -> Dimension:
     """The axes of a letter in one operand: none where the operand is broadcast along it."""
     return axes if dimension(size) else ()

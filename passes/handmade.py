@@ -10,7 +10,7 @@ from torch import fx
 from nsa_compile.passes.axes import Dimension, Dimensions, dimensions, resolved
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.metadata import same_shape, shape_of
-from nsa_compile.passes.normalization import read_sum
+from nsa_compile.passes.normalization import read_division, read_sum
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.sites import Shape
 from nsa_compile.passes.views import forth_through
@@ -123,9 +123,10 @@ def _summed_over(node: fx.Node, dims: Dimensions) -> int | None:
     for _ in range(_REACH):
         following = None
         for user in node.users:
-            read = read_sum(user, dims)
-            if read is not None and len(node.users) > 1:
-                whole = [dim for dim, axes in enumerate(resolved(full)) if axes == read[1]]
+            read = read_sum(user, dims) if len(node.users) > 1 else None
+            summed = read_division(user, dims) if read is None else read[1]
+            if summed is not None:
+                whole = [dim for dim, axes in enumerate(resolved(full)) if axes == summed]
                 return whole[0] if len(whole) == 1 else None
             carried = forth_through(user, node, dims)
             if carried is not None or operation(user) in _PASSED:

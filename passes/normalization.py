@@ -10,7 +10,8 @@ from torch import fx
 from nsa_compile.passes.axes import Dimension, Dimensions, leaves, resolved
 from nsa_compile.passes.calls import arguments, operation
 from nsa_compile.passes.constants import constant_of
-from nsa_compile.passes.metadata import recorded_dtype
+from nsa_compile.passes.contractions import read_einsum_sum
+from nsa_compile.passes.metadata import number_of, recorded_dtype
 from nsa_compile.passes.parts import Problem
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.sites import Reason
@@ -18,6 +19,8 @@ from nsa_compile.passes.views import back_through, broadcast_dimensions
 
 # A number from here on that is added to a sum of weights is meant as the weight of a key more.
 _LEAST_SINK = 0.1
+# How a sum over one dimension is spelled; a norm is one where its order is 1.
+_SUMS = frozenset(("sum", "einsum", "norm", "linalg_vector_norm"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +49,48 @@ def read_sum(node: fx.Node, dims: Dimensions, keys: Dimension | None = None) -> 
     Returns:
         Dimensions of the sum, and the axes summed over; None where it is no such sum.
     """
-    bound = (arguments(node) if operation(node) == "sum" else None) or {}
-    dim = bound.get("dim")
-    if isinstance(dim, list | tuple) and len(dim) == 1:
-        dim = dim[0]
-    if not isinstance(dim, int) or not -len(dims) <= dim < len(dims):
-        return None
-    summed = leaves(dims[dim])
-    if keys is not None and summed != leaves(keys):
+    bound = (arguments(node) if operation(node) in _SUMS else None) or {}
+    dim = read_einsum_sum(node) if operation(node) == "einsum" else _only(bound.get("dim"))
+    summed = _axes_of(dim, dims, keys)
+    # Weights are not negative: the sum of absolute values is their sum.
+    if dim is None or summed is None or bound.get("ord", 1 if operation(node) in ("sum", "einsum") else 2) != 1:
         return None
     at = dim % len(dims)
     kept = ((),) if bound.get("keepdim") else ()
     return (*dims[:at], *kept, *dims[at + 1 :]), summed
+
+
+def read_division(node: fx.Node, dims: Dimensions, keys: Dimension | None = None) -> Dimension | None:
+    """Reads a division of a tensor by its own sum, `F.normalize(p=1)`; arguments and result as those of `read_sum`."""
+    bound = (arguments(node) if operation(node) == "normalize" else None) or {}
+    return _axes_of(_only(bound.get("dim", 1)), dims, keys) if bound.get("ord") == 1 else None
+
+
+def limit_of_division(node: fx.Node, is_at_least_one: bool) -> Problem | None:
+    """Why the lower limit that `F.normalize` sets to the sum changes it; None where it does not.
+
+    Args:
+        node: a node that `read_division` reads.
+        is_at_least_one: whether the sum is.
+    """
+    if is_at_least_one and 0 <= (number_of((arguments(node) or {}).get("eps", 1e-12)) or 0) <= 1:
+        return None
+    sentence = f"{node} limits the sum that the weights are divided by."
+    return Problem(Reason.PROBABILITIES_CHANGED, sentence, (node,))
+
+
+def _only(dim: Any) -> int | None:
+    """The dimension, given by itself or as the only one of a list."""
+    dim = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
+    return dim if isinstance(dim, int) else None
+
+
+def _axes_of(dim: int | None, dims: Dimensions, keys: Dimension | None) -> Dimension | None:
+    """The axes of a dimension, where they are those of the keys."""
+    if dim is None or not -len(dims) <= dim < len(dims):
+        return None
+    axes = leaves(dims[dim])
+    return axes if keys is None or axes == leaves(keys) else None
 
 
 def divided_by(user: fx.Node, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:

@@ -19,7 +19,7 @@ from nsa_compile.passes.contractions import Contraction, contracted, is_contract
 from nsa_compile.passes.handmade import Softmax
 from nsa_compile.passes.layout import LabelledTensor
 from nsa_compile.passes.metadata import dtype_of, number_of, recorded_dtype
-from nsa_compile.passes.normalization import WeightSum, normalizes, read_sum
+from nsa_compile.passes.normalization import WeightSum, limit_of_division, normalizes, read_division, read_sum
 from nsa_compile.passes.parts import MaskPart, Problem
 from nsa_compile.passes.predicate.writes import Writes, written_by
 from nsa_compile.passes.scores import Scores, is_inactive_dropout
@@ -156,6 +156,11 @@ class _Follower:
             if divided:
                 self.is_normalized, self._total, self._is_stabilized = True, None, False
                 return None
+        if read_division(user, dims, self._keys) is not None and self._total is None:
+            self._hide_refilled()
+            problem = limit_of_division(user, (self._is_stabilized or self.is_normalized) and not self._masks)
+            self.is_normalized, self._is_stabilized = True, False
+            return problem
         bound = arguments(user) or {}
         name = operation(user)
         if name == "dropout" and not is_inactive_dropout(bound):

@@ -62,6 +62,17 @@ ACCEPTED = {
     "logsumexp": lambda q, k, v: with_logsumexp(x := scores(q, k), v, x.logsumexp(-1, keepdim=True)),
     "logsumexp-unsqueezed": lambda q, k, v: with_logsumexp(x := scores(q, k), v, torch.logsumexp(x, -1).unsqueeze(-1)),
     "log-softmax": lambda q, k, v: functional.log_softmax(scores(q, k), -1).exp() @ v,
+    "normalized": lambda q, k, v: functional.normalize(stable(scores(q, k)), p=1, dim=-1) @ v,
+    "normalized-by-position": lambda q, k, v: functional.normalize(stable(scores(q, k)), 1.0, 3) @ v,
+    "normalized-softmax": lambda q, k, v: functional.normalize(scores(q, k).softmax(-1), p=1, dim=-1) @ v,
+    "sum-by-einsum": lambda q, k, v: ((e := stable(scores(q, k))) / torch.einsum("bhqk->bhq", e)[..., None]) @ v,
+    "sum-by-einsum-after": lambda q, k, v: (
+        ((e := scores(q, k).exp()) @ v) / torch.einsum("...k -> ...", e).unsqueeze(-1)
+    ),
+    "sum-by-norm": lambda q, k, v: ((e := stable(scores(q, k))) / e.norm(p=1, dim=-1, keepdim=True)) @ v,
+    "sum-by-vector-norm": lambda q, k, v: (
+        ((e := scores(q, k).exp()) / torch.linalg.vector_norm(e, ord=1, dim=-1, keepdim=True)) @ v
+    ),
     "divided-after": lambda q, k, v: ((e := stable(scores(q, k))) @ v) / e.sum(-1, keepdim=True),
     "divided-in-another-layout": lambda q, k, v: in_another_layout(stable(scores(q, k)), v),
     "reciprocal": lambda q, k, v: ((e := stable(scores(q, k))) * (1.0 / e.sum(-1, keepdim=True))) @ v,
@@ -150,6 +161,18 @@ def decay() -> Tensor:
 
 
 DECLINED = {
+    "normalized-small-sum": (
+        Reason.PROBABILITIES_CHANGED,
+        lambda q, k, v: functional.normalize(scores(q, k).exp(), p=1, dim=-1) @ v,
+    ),
+    "normalized-masked-softmax": (
+        Reason.PROBABILITIES_CHANGED,
+        lambda q, k, v: functional.normalize(raw(q, k).softmax(-1) * visible(), p=1, dim=-1) @ v,
+    ),
+    "normalized-with-a-limit": (
+        Reason.PROBABILITIES_CHANGED,
+        lambda q, k, v: functional.normalize(stable(scores(q, k)), p=1, dim=-1, eps=5.0) @ v,
+    ),
     "bidirectional": (Reason.BIDIRECTIONAL, lambda q, k, v: divided(raw(q, k).exp(), v)),
     "number-in-the-sum": (Reason.PROBABILITIES_CHANGED, lambda q, k, v: added(stable(scores(q, k)), v, 1e-3)),
     "number-in-a-small-sum": (Reason.PROBABILITIES_CHANGED, lambda q, k, v: added(scores(q, k).exp(), v, 1e-9)),
@@ -167,6 +190,10 @@ DECLINED = {
     ),
     "softmax-off-by-one": (Reason.ATTENTION_SINKS, lambda q, k, v: added(scores(q, k).exp(), v, 1.0)),
     "sink": (Reason.ATTENTION_SINKS, with_sink),
+    "sum-over-heads-by-einsum": (
+        Reason.UNKNOWN_SPELLING,
+        lambda q, k, v: ((e := scores(q, k).exp()) / torch.einsum("bhqk->bqk", e)[:, None]) @ v,
+    ),
     "sum-over-queries": (
         Reason.UNKNOWN_SPELLING,
         lambda q, k, v: (e := scores(q, k).exp()) / e.sum(-2, keepdim=True) @ v,
@@ -196,6 +223,8 @@ def test_what_is_almost_a_softmax_is_declined(rewriting, case):
 
 
 NO_ATTENTION = {
+    "normalized-by-squares": lambda q, k, v: functional.normalize(stable(scores(q, k)), dim=-1) @ v,
+    "norm-of-squares": lambda q, k, v: (e := scores(q, k).exp()) / e.norm(dim=-1, keepdim=True) @ v,
     "not-divided": lambda q, k, v: scores(q, k).exp() @ v,
     "logsumexp-without-gradient": lambda q, k, v: with_logsumexp(
         x := scores(q, k), v, x.logsumexp(-1, keepdim=True).detach()
