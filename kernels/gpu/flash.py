@@ -42,15 +42,14 @@ def key_range(
     """Range [low, high] of key indices for each token's interval; empty as low > high.
 
     `window` and `local_blocks` are 0 where the branch has none; with both, the range starts at the earlier of the two.
+
+    There is no `if` on their values: Triton 3.9 does not pipeline a loop whose bounds come out of one.
     """
-    near = first * 0 + EMPTY_LOW
-    if window > 0:
-        near = last - window + 1
-    if local_blocks > 0:
-        near = tl.minimum(near, (tl.minimum(last, S - 1) // SELECTION_BLOCK - local_blocks + 1) * SELECTION_BLOCK)
-    low = first
-    if (window > 0) | (local_blocks > 0):
-        low = tl.maximum(low, near)
+    block_start = (tl.minimum(last, S - 1) // SELECTION_BLOCK - local_blocks + 1) * SELECTION_BLOCK
+    near = tl.minimum(
+        tl.where(window > 0, last - window + 1, EMPTY_LOW), tl.where(local_blocks > 0, block_start, EMPTY_LOW)
+    )
+    low = tl.maximum(first, tl.where((window > 0) | (local_blocks > 0), near, 0))
     low = tl.maximum(low, 0)
     high = tl.minimum(last - (LENGTH - 1), S - LENGTH)
     if STRIDE != 1:
@@ -275,14 +274,13 @@ def query_tiles(
     elif IS_CAUSAL and not INITIAL_ONLY:
         start = key_start * STRIDE + LENGTH - 1
         full_start = key_end * STRIDE + LENGTH - 1
-        end = T
-        full_end = T
-        if (window > 0) | (local_blocks > 0):
-            end = tl.maximum(key_end + window, (key_end // SELECTION_BLOCK + local_blocks) * SELECTION_BLOCK)
-            full_end = tl.maximum(key_start + window, (key_start // SELECTION_BLOCK + local_blocks) * SELECTION_BLOCK)
-            # With T > S the local blocks stay at the end of the keys for all later tokens.
-            end = tl.where((local_blocks > 0) & (T > S), T, end)
-            full_end = tl.where((local_blocks > 0) & (T > S), 0, full_end)
+        # With T > S the local blocks stay at the end of the keys for all later tokens.
+        stay = (local_blocks > 0) & (T > S)
+        near_end = tl.maximum(key_end + window, (key_end // SELECTION_BLOCK + local_blocks) * SELECTION_BLOCK)
+        near_full = tl.maximum(key_start + window, (key_start // SELECTION_BLOCK + local_blocks) * SELECTION_BLOCK)
+        is_cut = (window > 0) | (local_blocks > 0)
+        end = tl.where(is_cut, tl.where(stay, T, near_end), T)
+        full_end = tl.where(is_cut, tl.where(stay, 0, near_full), T)
         end = tl.minimum(end, T)
         full_end = tl.minimum(full_end, T)
     else:

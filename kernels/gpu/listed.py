@@ -65,12 +65,12 @@ def attend_listed(
     SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_DENSE: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DENSE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial output and base-2 lse of the (token, slot) pairs of one block; rows are pairs x heads of the group.
 
     Writes partial [B, token, slot·SUB + sub, H, DV].  DIRECT: the program's block is that of one pair, without an
-    inverted list, for few tokens (decoding).
+    inverted list, for few tokens (decoding).  Not MASKED: every pair sees all BLOCK_S keys.  The scale is positive.
     """
     pair = tl.program_id(1)
     batch = pair // H_kv
@@ -127,24 +127,26 @@ def attend_listed(
         local = packed // NUM_LISTED
         slot = packed % NUM_LISTED
         tokens = token_start + local
-        first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
-        low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
-        last = tl.minimum(last, low - 1)
-        seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]) & inside[None, :]
+        if MASKED:
+            first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+            low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
+            last = tl.minimum(last, low - 1)
+            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]) & inside[None, :]
         for group_start in range(0, GROUP, GROUP_BLOCK):
             member = group_start + rows % GROUP_BLOCK
             active = used & (member < GROUP)
             heads = kv_head * GROUP + member
             pointers = query_base + heads.to(tl.int64) * stride_qh + tokens.to(tl.int64) * stride_qt
             query = tl.load(pointers[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
-            logits = tl.where(seen, logits, float("-inf"))
-            maximum = tl.max(logits, 1)
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            if MASKED:
+                logits = tl.where(seen, logits, float("-inf"))
+            maximum = tl.max(logits, 1) * scale_log2
             reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-            weights = tl.exp2(logits - reference[:, None])
+            weights = tl.exp2(logits * scale_log2 - reference[:, None])
             total = tl.sum(weights, 1)
             output = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-            output = output / tl.where(total > 0, total, 1.0)[:, None]
+            output *= (1.0 / tl.where(total > 0, total, 1.0))[:, None]
             lse = tl.where(total > 0, reference + tl.log2(total), float("-inf"))
             row = ((batch.to(tl.int64) * chunk + local) * NUM_LISTED + slot) * SUB + sub
             row = row * (H_kv * GROUP) + heads

@@ -20,11 +20,19 @@ SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448}
 
 @dataclasses.dataclass
 class CompiledKernel:
-    """One compiled kernel: its name, shared memory in bytes, and whether it uses Hopper's matrix instructions."""
+    """One compiled kernel: its name and what it uses.
+
+    Attributes:
+        name: of the function.
+        shared: shared memory of a program, bytes.
+        warpgroup_mma: it uses Hopper's matrix instructions.
+        pipelined: loads of a loop run ahead of the computation.
+    """
 
     name: str
     shared: int
     warpgroup_mma: bool
+    pipelined: bool
 
 
 class _Driver:
@@ -57,7 +65,9 @@ def compile_only(capability: int) -> Iterator[list[CompiledKernel]]:
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         assembly = kernel.asm["ptx"]
-        compiled.append(CompiledKernel(self.__name__, kernel.metadata.shared, "wgmma" in assembly))
+        compiled.append(
+            CompiledKernel(self.__name__, kernel.metadata.shared, "wgmma" in assembly, "cp.async" in assembly)
+        )
 
     driver = triton.runtime.driver
     with contextlib.ExitStack() as stack:

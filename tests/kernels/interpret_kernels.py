@@ -18,6 +18,8 @@ from nsa_compile.kernels.compression import mean_compress
 from nsa_compile.kernels.gpu import compressed, joint, selected, selection, window
 
 SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
+# Scales that are not 1/√D.
+SCALES = {"negative_scale": -0.3, "no_scale": 0.0}
 # name: B, H, H_kv, T, S, D, D_v, dtype, visibility, bytes of partial outputs (small: several chunks, inverted lists)
 CASES = {
     "causal": (1, 4, 2, 70, 70, 16, 16, torch.float32, "causal", 1 << 30),
@@ -26,6 +28,8 @@ CASES = {
     "padded": (1, 4, 4, 33, 63, 24, 40, torch.float32, "padded", 1 << 30),
     "more_queries_than_keys": (1, 2, 1, 60, 30, 16, 16, torch.float32, "causal", 1),
     "one_query": (2, 4, 2, 1, 77, 16, 16, torch.float32, "intervals", 1 << 30),
+    "negative_scale": (1, 2, 1, 50, 50, 16, 16, torch.float32, "padded", 1),
+    "no_scale": (1, 2, 1, 50, 50, 16, 16, torch.float32, "causal", 1 << 30),
     "float16": (1, 4, 1, 64, 64, 16, 16, torch.float16, "causal", 1),
 }
 
@@ -40,14 +44,24 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def run(
-    B: int, H: int, H_kv: int, T: int, S: int, D: int, DV: int, dtype: torch.dtype, visibility: str, limit: int
+    B: int,
+    H: int,
+    H_kv: int,
+    T: int,
+    S: int,
+    D: int,
+    DV: int,
+    dtype: torch.dtype,
+    visibility: str,
+    limit: int,
+    scale: float | None = None,
 ) -> dict:
     torch.manual_seed(torch.seed() % 2**31)
     selected.PARTIAL_BYTES = limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
     query = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2)
     key, value = (torch.randn(B, S, H_kv, size, dtype=dtype).transpose(1, 2) for size in (D, DV))
-    scale, compression = D**-0.5, SIZES["compression"]
+    scale, compression = D**-0.5 if scale is None else scale, SIZES["compression"]
     sight: dict = {}
     if visibility != "causal":
         last = torch.randint(0, S, (B, T), dtype=torch.int32)
@@ -104,5 +118,5 @@ def run(
 
 if __name__ == "__main__":
     for name, case in CASES.items():
-        sys.stdout.write(json.dumps({"case": name, "errors": run(*case)}) + "\n")
+        sys.stdout.write(json.dumps({"case": name, "errors": run(*case, scale=SCALES.get(name))}) + "\n")
         sys.stdout.flush()

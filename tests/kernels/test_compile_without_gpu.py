@@ -47,11 +47,13 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
         )
         joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
         selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)
-    names = {kernel.name for kernel in compiled}
-    assert names >= {
-        "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "top_blocks", "route_entries",
-        "attend_listed", "listed_gradient", "merge_outputs", "merge_query_gradients",
+    loops = {
+        "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "attend_listed",
+        "listed_gradient", "merge_outputs", "merge_query_gradients",
     }  # fmt: skip
+    assert {kernel.name for kernel in compiled} >= {*loops, "top_blocks", "route_entries"}
+    # What keeps a kernel waiting for memory: Triton gives up on a loop in silence.
+    assert {kernel.name for kernel in compiled if kernel.name in loops and not kernel.pipelined} == set()
     over = {
         kernel.name: kernel.shared for kernel in compiled if kernel.shared > compiler.SHARED_MEMORY_LIMIT[capability]
     }

@@ -17,6 +17,8 @@ CASES = (
     "padded",
     "more_queries_than_keys",
     "one_query",
+    "negative_scale",
+    "no_scale",
     "float16",
 )
 

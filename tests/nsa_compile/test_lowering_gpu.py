@@ -86,7 +86,8 @@ def test_joint_attention_over_few_blocks_equals_reference(mode):
         output, _ = function(
             query, key, value, lists, None, None, None, is_causal=True, scale=0.125, **blocks, **forced
         )
-        return output.transpose(1, 2).flatten(2).relu()
+        # Smooth: where a bfloat16 output has another sign than the reference's, so has the slope of a kink.
+        return output.transpose(1, 2).flatten(2).tanh()
 
     for length in (3000, 2111) if mode["dynamic"] else (3000,):
         leaves = [_rows(length, 6, 64), _rows(length, 2, 64), _rows(length, 2, 80)]
@@ -102,7 +103,7 @@ def test_joint_attention_over_few_blocks_equals_reference(mode):
             **forced,
         )
         expected, _ = reference.joint_attention(*double, lists, scale=0.125, **blocks)
-        _check(compiled(*leaves, lists), expected.transpose(1, 2).flatten(2).relu(), leaves, double)
+        _check(compiled(*leaves, lists), expected.transpose(1, 2).flatten(2).tanh(), leaves, double)
 
 
 @pytest.mark.parametrize("is_training", [False, True], ids=["inference", "training"])
