@@ -7,12 +7,13 @@ import torch
 from torch import fx
 
 from nsa_compile.passes.axes import Axis, Dimension, Dimensions, leaves, resolved
-from nsa_compile.passes.layout import LabelledTensor, arrange, operand
+from nsa_compile.passes.layout import LabelledTensor, arrange, head_operand, operand
 from nsa_compile.passes.metadata import recorded_dtype
 from nsa_compile.passes.parts import FactorPart, MaskPart, Parts
+from nsa_compile.passes.predicate.causes import cause_of_weights
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.repetition import HeadGroups, head_groups, sources
-from nsa_compile.passes.sites import AttentionSite, Factor, Mask, Place, Reason, Rejection, Step
+from nsa_compile.passes.sites import AttentionSite, Factor, Mask, MaskKind, Place, Reason, Rejection, Step
 
 _TO_DTYPE = torch.ops.aten.to.dtype
 
@@ -47,8 +48,8 @@ def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Reje
         return rejected(Reason.UNSUPPORTED_DTYPE, "Query, key and value are not real floating-point numbers.")
     dtype = None if parts.is_autocast else _common_dtype(queries, keys, values, parts.output.node)
     query = operand(queries, (*rows, parts.depth), dtype)
-    key = operand(keys, (batch_dim, kv_dim, parts.keys, parts.depth), dtype)
-    value = operand(values, (batch_dim, kv_dim, parts.keys, parts.value_depth), dtype)
+    key = head_operand(keys, (batch_dim, kv_dim, parts.keys, parts.depth), dtype)
+    value = head_operand(values, (batch_dim, kv_dim, parts.keys, parts.value_depth), dtype)
     output = arrange((*rows, parts.value_depth), parts.output.dims)
     if query is None or key is None or value is None or output is None:
         arranged = {"query": query, "key": key, "value": value, "output": output}
@@ -58,6 +59,11 @@ def assemble(parts: Parts, place: Place, writes: Writes) -> AttentionSite | Reje
     for mask, part in masks:
         placed = placed_mask(mask, part, (*rows, parts.keys))
         if placed is None:
+            biases = [other.tensor.node for other in parts.masks if other.kind is MaskKind.ADDITIVE]
+            for bias in biases:
+                reason = cause_of_weights(bias, place.scope)
+                if reason is not None:
+                    return rejected(reason, f"{bias.name}, which is computed of parameters, is added.", bias)
             sentence = f"The mask {mask[0].node.name} is not laid out as batch, heads, queries and keys."
             return rejected(Reason.MASK_NOT_PROVED, sentence, mask[0].node)
         placed_masks.append(placed)

@@ -18,6 +18,7 @@ _FILLS: Mapping[str, "tuple[int, str] | float"] = {
     "full_like": (1, "fill_value"),
     "new_full": (2, "fill_value"),
     "scalar_tensor": (0, "s"),
+    "tensor": (0, "data"),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), 0.0),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), 1.0),
 }

@@ -101,3 +101,25 @@ def operand(candidates: Sequence[LabelledTensor], target: Dimensions, dtype: tor
             shape = shape_of(tensor.node) if not steps else None
             best = Operand(tensor.node, tuple(shape or map(size_of, resolved(target))), steps)
     return best
+
+
+def head_operand(candidates: Sequence[LabelledTensor], target: Dimensions, dtype: torch.dtype | None) -> Operand | None:
+    """Chooses keys or values as `operand` does, and repeats their heads where the other of the two has more.
+
+    Args:
+        candidates: the tensor in each layout.
+        target: the wanted batch, heads, length and size.
+        dtype: the wanted dtype; None leaves it.
+    """
+    found = operand(candidates, target, dtype)
+    batch, heads, *rest = resolved(target)
+    held = candidates[0].axes
+    if found is not None or all(axis in held for axis in heads):
+        return found
+    sizes = [-1 if axis in held else axis.size for axis in heads]
+    apart = operand(candidates[:1], (batch, *((axis,) if axis in held else () for axis in heads), *rest), dtype)
+    if apart is None or not all(isinstance(size, int) for size in sizes):
+        return None
+    steps = [Step(_aten.expand.default, ([-1, *sizes, -1, -1],))]
+    steps += [Step(_aten.flatten.using_ints, (1, len(heads)))] if len(heads) > 1 else []
+    return Operand(apart.node, tuple(map(size_of, resolved(target))), (*apart.steps, *steps))

@@ -22,6 +22,7 @@ from nsa_compile.passes.metadata import dtype_of, number_of, recorded_dtype
 from nsa_compile.passes.normalization import WeightSum, limit_of_division, normalizes, read_division, read_sum
 from nsa_compile.passes.parts import MaskPart, Problem
 from nsa_compile.passes.predicate.writes import Writes, written_by
+from nsa_compile.passes.sameness import hold_same
 from nsa_compile.passes.scores import Scores, is_inactive_dropout
 from nsa_compile.passes.sites import MaskKind, Reason
 from nsa_compile.passes.views import broadcast_dimensions, forth_through
@@ -271,7 +272,7 @@ def _is_random(mask: fx.Node) -> bool:
     return False
 
 
-def is_redundant(refill: tuple[fx.Node, MaskKind], scores: Scores, softmax_input: fx.Node) -> bool:
+def is_redundant(refill: tuple[fx.Node, MaskKind], scores: Scores, softmax: Softmax, writes: Writes) -> bool:
     """Tells whether a refill changes only probabilities that are 0 already, or rows that see nothing.
 
     It does if it repeats a mask of the scores, or asks for rows in which every score is minus infinity, as torch's
@@ -280,7 +281,8 @@ def is_redundant(refill: tuple[fx.Node, MaskKind], scores: Scores, softmax_input
     condition, kind = refill
     is_truth = dtype_of(condition) is torch.bool
     kind = MaskKind.ALLOWED if kind is MaskKind.WEIGHT and is_truth else kind
-    if any(mask.tensor.node is condition and mask.kind is kind for mask in scores.masks):
+    reader = max((condition, softmax.node), key=writes.position)
+    if any(mask.kind is kind and hold_same(mask.tensor.node, condition, reader, writes) for mask in scores.masks):
         return True
     names: list[str] = []
     node: Any = condition
@@ -288,7 +290,7 @@ def is_redundant(refill: tuple[fx.Node, MaskKind], scores: Scores, softmax_input
         names.append(operation(node).replace("bitwise", "logical"))
         if names[-1] == "eq":
             compared, *values = node.args
-            is_asked_of_scores = compared is softmax_input and [number_of(value) for value in values] == [-math.inf]
+            is_asked_of_scores = compared is softmax.scores and [number_of(value) for value in values] == [-math.inf]
             asks_all = names in (["logical_not", "any", "logical_not", "eq"], ["all", "eq"])
             return kind is MaskKind.BLOCKED and is_asked_of_scores and asks_all
         node = node.args[0]

@@ -87,7 +87,7 @@ def _read(softmax: Softmax, writes: Writes) -> Parts | Problem:
     if isinstance(weighting, Problem):
         return weighting
     for mask, kind in weighting.refills:
-        if not is_redundant((mask, kind), scores, softmax.scores):
+        if not is_redundant((mask, kind), scores, softmax, writes):
             done = "multiplied by" if kind is MaskKind.WEIGHT else "set to 0 where it says"
             sentence = f"Probabilities are {done} {mask}, which is no mask of the scores."
             return Problem(Reason.PROBABILITIES_CHANGED, sentence, (mask,))

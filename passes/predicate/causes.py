@@ -29,7 +29,7 @@ def cause_of_bias(leaves: tuple[Leaf, ...], indices: AbstractSet[object]) -> Rea
     for leaf in leaves:
         if leaf.written_by.op == "placeholder" and not is_parameter(leaf.written_by):
             return Reason.MASK_IS_INPUT if leaf.dtype.is_floating_point else Reason.ADDITIVE_BIAS
-        for node in _nearest_first(leaf):
+        for node in _nearest_first(leaf.written_by, leaf.scope):
             if target_name(node) in _SELECTIONS:
                 return Reason.ALREADY_SPARSE
             if is_parameter(node):
@@ -46,14 +46,25 @@ def cause_of_bias(leaves: tuple[Leaf, ...], indices: AbstractSet[object]) -> Rea
 
 def is_selection(leaves: tuple[Leaf, ...]) -> bool:
     """Whether the data is the outcome of picking keys by score."""
-    return any(target_name(node) in _SELECTIONS for leaf in leaves for node in _nearest_first(leaf))
+    return any(
+        target_name(node) in _SELECTIONS for leaf in leaves for node in _nearest_first(leaf.written_by, leaf.scope)
+    )
 
 
-def _nearest_first(leaf: Leaf) -> Iterator[fx.Node]:
-    """The nodes that a leaf is made of, those next to it first."""
-    start = (leaf.written_by, leaf.scope)
-    pending: collections.deque[tuple[fx.Node, Scope]] = collections.deque([start])
-    seen = {leaf.written_by}
+def cause_of_weights(node: fx.Node, scope: Scope) -> Reason | None:
+    """The kind of bias that is computed of a model's parameters; None where a tensor is computed of none."""
+    for each in _nearest_first(node, scope):
+        if target_name(each) in _SELECTIONS:
+            return Reason.ALREADY_SPARSE
+        if is_parameter(each):
+            return Reason.LEARNED_BIAS
+    return None
+
+
+def _nearest_first(made: fx.Node, scope: Scope) -> Iterator[fx.Node]:
+    """The nodes that a tensor is made of, those next to it first."""
+    pending: collections.deque[tuple[fx.Node, Scope]] = collections.deque([(made, scope)])
+    seen = {made}
     while pending and len(seen) < _FARTHEST:
         node, scope = scope_of(*pending.popleft())
         if node is None:

@@ -290,6 +290,26 @@ def test_a_bias_by_position_is_named_before_a_mask_of_unknown_values(order):
     assert site.reason == "LEARNED_BIAS"
 
 
+def test_a_learned_bias_is_named_where_masks_have_another_layout():
+    """As in ProphetNet's second stream: the mask tells the streams apart, which no batch and no head does."""
+
+    class Streams(torch.nn.Module):
+        def __init__(self, is_biased: bool) -> None:
+            super().__init__()
+            self.positions = torch.nn.Embedding(7, 7) if is_biased else None
+
+        def forward(self, x):
+            streams = torch.arange(7) <= torch.arange(7)[:, None] + torch.arange(2)[:, None, None]
+            scores = torch.einsum("bnhtc,bnhsc->bnhts", x, x) + additive(streams)[None, :, None]
+            if self.positions is not None:
+                scores = scores + self.positions(torch.arange(7))
+            return torch.einsum("bnhts,bnhsc->bnhtc", scores.softmax(-1), x)
+
+    for is_biased, reason in ((True, "LEARNED_BIAS"), (False, "MASK_NOT_PROVED")):
+        (site,) = explain(Streams(is_biased), NSAConfig(min_keys=0))(torch.randn(2, 2, 3, 7, 4)).sites
+        assert site.reason == reason
+
+
 @pytest.mark.parametrize("is_repeated", [False, True], ids=["one for all heads", "repeated for the heads"])
 @pytest.mark.parametrize("has_order", [False, True], ids=["alone", "beside a causal mask"])
 def test_a_padding_bias_of_unknown_values_hides_the_future_from_nobody(has_order, is_repeated):

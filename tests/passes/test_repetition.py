@@ -68,6 +68,20 @@ def test_other_repetition_is_left_and_the_attention_is_rewritten(rewriting, repe
     assert outcome.decisions[0].site.key.shape[1] == H
 
 
+@pytest.mark.parametrize("heads", [(KV, H), (H, KV), (1, KV), (KV, 1)])
+def test_keys_and_values_may_have_different_numbers_of_heads(rewriting, heads):
+    """`enable_gqa` repeats each for itself."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    query, *_ = tensors()
+    keys, values = (torch.randn(B, number, T, D, requires_grad=True) for number in heads)
+    outcome = rewriting.rewrite(model, query, keys, values, gradients=True)
+    outcome.assert_rewritten()
+    assert outcome.decisions[0].site.key.shape[1] == outcome.decisions[0].site.value.shape[1] == max(heads)
+
+
 def test_gradient_that_is_stopped_stays_stopped(rewriting):
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         repeated = k.detach().repeat_interleave(G, 1)

@@ -381,6 +381,24 @@ class Chunked(Attention):
         return torch.cat(outputs, dim=2)
 
 
+class HiddenTwice(Attention):
+    """As CPM-Ant does: what was hidden before the softmax is set to 0 after it, by a mask that is made anew."""
+
+    def __init__(self, second) -> None:
+        super().__init__()
+        self.second = second
+
+    def attend(self, q, k, v):
+        mask, t = visible(q.size(2)).bool(), q.size(2)
+        scores = (q @ k.mT * D**-0.5).masked_fill(mask.view(1, 1, t, t) == torch.tensor(False), -torch.inf)
+        return scores.softmax(-1).masked_fill(self.second(mask, t), 0.0) @ v
+
+
+def written(mask: Tensor, t: int) -> Tensor:
+    mask.logical_not_()
+    return mask.view(1, 1, t, t) == torch.tensor(False)
+
+
 class KeysFirst(Attention):
     """Scores of keys by queries, a softmax over rows."""
 
@@ -441,6 +459,12 @@ class Dropped(Attention):
         return self.dropped(self, causal(q @ k.mT * D**-0.5).softmax(-1)) @ v
 
 
+HIDDEN_AGAIN = {
+    "alike": ("", lambda mask, t: mask.view(1, 1, t, t) == torch.tensor(False)),
+    "otherwise": ("PROBABILITIES_CHANGED", lambda mask, t: mask.view(1, 1, t, t) == torch.tensor(True)),
+    "in-other-rows": ("PROBABILITIES_CHANGED", lambda mask, t: mask.flip(0).view(1, 1, t, t) == torch.tensor(False)),
+    "written": ("PROBABILITIES_CHANGED", written),
+}
 MODULES = {
     "nanogpt": (NanoGPT, ("",), ("DROPOUT",)),
     "mingpt": (MinGPT, ("MASK_IS_INPUT",), ("DROPOUT",)),
@@ -461,6 +485,10 @@ MODULES = {
     "multi-query-rows": (MultiQueryRows, ("",), None),
     "one-head-at-a-time": (OneHeadAtATime, ("",) * H, None),
     "chunked": (Chunked, ("",) * 4, None),
+    **{
+        f"hidden-twice-{name}": (lambda second=second: HiddenTwice(second), (reason,), None)
+        for name, (reason, second) in HIDDEN_AGAIN.items()
+    },
     "keys-first": (KeysFirst, ("",), None),
     "row-bias": (RowBias, ("",), None),
     "column-bias": (ColumnBias, ("LEARNED_BIAS",), None),
