@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from nsa_compile.errors import NSAError
+from nsa_compile.rowwise import rowwise_template_class
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class TemplateTools:
         self._needs_realized_inputs = lowering.add_needs_realized_inputs
         self._fixed_layout = ir.FixedLayout
         self._contiguous_strides = ir.FlexibleLayout.contiguous_strides
-        self._template = select_algorithm.TritonTemplate
+        self._template = rowwise_template_class()
         self._grid = select_algorithm.SymbolicGridFn
         self._autotune = select_algorithm.autotune_select_algorithm
         self._realize = select_algorithm.realize_inputs

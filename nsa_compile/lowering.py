@@ -53,8 +53,8 @@ def _or_opaque(tools: compat.TemplateTools, operator: Any, lower: Callable[..., 
 def _is_supported(tools: compat.TemplateTools, query: Any, key: Any, value: Any, scale: Any) -> bool:
     if query.get_device().type != "cuda" or query.get_dtype() not in _DTYPES:
         return False
-    # A scale that is no number is one that dynamic shapes made symbolic; the kernel takes positive ones.
-    if not isinstance(scale, int | float) or scale <= 0:
+    # A scale that is no number is one that dynamic shapes made symbolic.
+    if not isinstance(scale, int | float):
         return False
     if any(size == 0 for tensor in (query, key, value) for size in tensor.get_size()):
         return False

@@ -22,16 +22,15 @@ def forward_step(
     keys = start + columns
     key_base = key_ptr + tl.cast(start, tl.int64) * stride_kn
     key = load_tile(key_base, columns, tl.arange(0, BLOCK_D), stride_kn, keys < N, D, BLOCK_D, MASKED)
-    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
     if MASKED or HAS_VALID:
         logits = tl.where(visible_keys(valid_ptr, keys, low, high, N, HAS_VALID, MASKED), logits, float("-inf"))
-    # The scale is positive: the maximum can be taken before it, and scaling is one instruction with the subtraction.
-    new_maximum = tl.maximum(maximum, tl.max(logits, 1) * scale_log2)
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     if MASKED or HAS_VALID:
         reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     else:
         reference = new_maximum
-    weights = tl.exp2(logits * scale_log2 - reference[:, None])
+    weights = tl.exp2(logits - reference[:, None])
     rescale = tl.exp2(maximum - reference)
     total = total * rescale + tl.sum(weights, 1)
     if not LSE_ONLY:

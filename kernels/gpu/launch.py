@@ -74,13 +74,6 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The same logits by a positive scale, which the forward kernels need: its sign, or 0, moves into the queries."""
-    if scale > 0:
-        return query, scale
-    return (-query, -scale) if scale < 0 else (torch.zeros_like(query), 1.0)
-
-
 def new_output(query: Tensor, value: Tensor) -> Tensor:
     """Memory for a branch's output [B, H, T, D_v], in the order [B, T, H, D_v]."""
     B, H, T, _ = query.shape
@@ -127,7 +120,6 @@ def flash_forward(
     B, H, T, _ = query.shape
     if T == 0 or B == 0:
         return
-    query, scale = positive_scale(query, scale)
     sizes = tile_sizes("forward", geometry, query, value)
     grid = (triton.cdiv(T, sizes["BLOCK_M"]), B * H)
     lse_only = output is None

@@ -70,7 +70,7 @@ def attend_listed(
     """Partial output and base-2 lse of the (token, slot) pairs of one block; rows are pairs x heads of the group.
 
     Writes partial [B, token, slot·SUB + sub, H, DV].  DIRECT: the program's block is that of one pair, without an
-    inverted list, for few tokens (decoding).  Not MASKED: every pair sees all BLOCK_S keys.  The scale is positive.
+    inverted list, for few tokens (decoding).  Not MASKED: every pair sees all BLOCK_S keys.
     """
     pair = tl.program_id(1)
     batch = pair // H_kv
@@ -138,12 +138,12 @@ def attend_listed(
             heads = kv_head * GROUP + member
             pointers = query_base + heads.to(tl.int64) * stride_qh + tokens.to(tl.int64) * stride_qt
             query = tl.load(pointers[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
             if MASKED:
                 logits = tl.where(seen, logits, float("-inf"))
-            maximum = tl.max(logits, 1) * scale_log2
+            maximum = tl.max(logits, 1)
             reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-            weights = tl.exp2(logits * scale_log2 - reference[:, None])
+            weights = tl.exp2(logits - reference[:, None])
             total = tl.sum(weights, 1)
             output = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
             output *= (1.0 / tl.where(total > 0, total, 1.0))[:, None]

@@ -7,9 +7,6 @@ when the lists are known to hold them, else empty.  Work goes in chunks of queri
 and a chunk's queries stay in L2.
 """
 
-import contextlib
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +17,6 @@ from nsa_compile.kernels.gpu import launch, listed, tiles
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
-OVERLAP = True
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
 SPLIT = 512  # list entries of one block that a forward program handles
 
@@ -153,70 +149,12 @@ class _InvertedLists:
         self.bounds = torch.searchsorted(ordered, edges, out_int32=True)
 
 
-class _Chunks:
-    """Token ranges whose partial outputs stay below PARTIAL_BYTES; on a GPU, merging one runs beside the next.
-
-    Merging moves bytes and the listed kernels compute, so that they use different parts of the device.  Iterate for
-    (start, end); `buffers` then has the partial outputs [B, tokens, slots, H, width] and their lse, to be filled on
-    the current stream and read within `merging()`.  The current stream waits for all of it after the last range.
-
-    Args:
-        query: [B, H, T, D].
-        width: of a partial output.
-        slots: partial outputs of a token and head.
-        with_lse: the partial outputs have an lse.
-    """
-
-    def __init__(self, query: Tensor, width: int, slots: int, with_lse: bool) -> None:
-        B, H, T, _ = query.shape
-        self._shape = (B, slots, H, width)
-        self._query, self._with_lse = query, with_lse
-        streams = 2 if OVERLAP and query.is_cuda else 1
-        per_token = max(1, B * H * slots * width * query.element_size())
-        size = max(256, PARTIAL_BYTES // streams // per_token // 256 * 256)
-        self._ranges = [(start, min(start + size, T)) for start in range(0, T, size)]
-        self._size = min(size, T)
-        self._side = _side_stream(query.device) if streams > 1 and len(self._ranges) > 1 else None
-        self._memory: list[tuple[Tensor, Tensor]] = []
-        self._merged: list[torch.cuda.Event] = []
-        self.buffers: tuple[Tensor, Tensor] = (query, query)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for index, (start, end) in enumerate(self._ranges):
-            if self._side is not None and index > 1:
-                torch.cuda.current_stream(self._query.device).wait_event(self._merged[index - 2])
-            self.buffers = self._buffers(index, end - start)
-            yield start, end
-        if self._side is not None:
-            torch.cuda.current_stream(self._query.device).wait_stream(self._side)
-
-    def _buffers(self, index: int, tokens: int) -> tuple[Tensor, Tensor]:
-        slot = index % 2 if self._side is not None else 0
-        if slot >= len(self._memory):
-            B, slots, H, width = self._shape
-            count = B * self._size * slots * H
-            lse = self._query.new_empty(count if self._with_lse else 0, dtype=torch.float32)
-            self._memory.append((self._query.new_empty(count * width), lse))
-        B, slots, H, width = self._shape
-        partial, lse = self._memory[slot]
-        partial = partial[: B * tokens * slots * H * width].view(B, tokens, slots, H, width)
-        return partial, lse[: B * tokens * slots * H].view(B, tokens, slots, H) if self._with_lse else lse
-
-    @contextlib.contextmanager
-    def merging(self) -> Iterator[None]:
-        """Within it, kernels run after those of this range so far, and beside those of the next."""
-        if self._side is None:
-            yield
-            return
-        self._side.wait_stream(torch.cuda.current_stream(self._query.device))
-        with torch.cuda.stream(self._side):
-            yield
-            self._merged.append(self._side.record_event())
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
+def _chunks(query: Tensor, width: int, slots: int) -> list[tuple[int, int]]:
+    """Token ranges whose partial outputs of `width` numbers a head and slot stay below PARTIAL_BYTES."""
+    B, H, T, _ = query.shape
+    per_token = max(1, B * H * slots * width * query.element_size())
+    size = max(256, PARTIAL_BYTES // per_token // 256 * 256)
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
 def _merge(
@@ -267,7 +205,6 @@ def listed_forward(
     Without `with_range`, over those listed blocks only.
     """
     query, key, value = map(launch.contiguous_rows, (query, key, value))
-    query, scale = launch.positive_scale(query, scale)
     block_indices = block_indices.contiguous()
     B, H, T, _ = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
@@ -279,10 +216,10 @@ def listed_forward(
     constants = launch.head_constants(query, key, value)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
-    chunks = _Chunks(query, DV, n * sub, with_lse=True)
-    for start, end in chunks:
+    for start, end in _chunks(query, DV, n * sub):
         chunk = end - start
-        partial, partial_lse = chunks.buffers
+        partial = query.new_empty((B, chunk, n * sub, H, DV))
+        partial_lse = query.new_empty((B, chunk, n * sub, H), dtype=torch.float32)
         if B and S:
             if direct:
                 order, bounds = block_indices, block_indices
@@ -300,11 +237,10 @@ def listed_forward(
                 HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip
-        with chunks.merging():
-            _merge(
-                listed.merge_outputs, block_indices, intervals, geometry, (start, end), sub, constants,
-                partial, partial_lse, output, lse, DV=DV, BLOCK_DV=constants["BLOCK_DV"],
-            )  # fmt: skip
+        _merge(
+            listed.merge_outputs, block_indices, intervals, geometry, (start, end), sub, constants,
+            partial, partial_lse, output, lse, DV=DV, BLOCK_DV=constants["BLOCK_DV"],
+        )  # fmt: skip
     if with_range and not geometry.empty:
         launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse, has_base=True)
     return output, lse
@@ -325,7 +261,7 @@ def listed_backward(
     """Gradients of query, key and value for `listed_forward`."""
     query, key, value, grad = map(launch.contiguous_rows, (query, key, value, grad_output))
     block_indices, lse = block_indices.contiguous(), lse.contiguous()
-    B, _, T, D = query.shape
+    B, H, T, D = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
     n = block_indices.shape[-1]
     delta = launch.output_dot_gradient(output, grad)
@@ -338,9 +274,8 @@ def listed_backward(
     if not geometry.empty:
         launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
-    chunks = _Chunks(query, D, n * sub, with_lse=False)
-    for start, end in chunks:
-        partial, _ = chunks.buffers
+    for start, end in _chunks(query, D, n * sub):
+        partial = query.new_empty((B, end - start, n * sub, H, D))
         if B and S:
             inverted = _InvertedLists(block_indices, intervals, geometry, (start, end))
             listed.listed_gradient[(num_blocks * sub, B * H_kv)](
@@ -352,11 +287,10 @@ def listed_backward(
                 SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
                 HAS_DENSE=not geometry.empty, **constants, **intervals.constants(), **tile,
             )  # fmt: skip
-        with chunks.merging():
-            _merge(
-                listed.merge_query_gradients, block_indices, intervals, geometry, (start, end), sub, constants,
-                partial, grad_query, D=D, BLOCK_D=constants["BLOCK_D"],
-            )  # fmt: skip
+        _merge(
+            listed.merge_query_gradients, block_indices, intervals, geometry, (start, end), sub, constants,
+            partial, grad_query, D=D, BLOCK_D=constants["BLOCK_D"],
+        )  # fmt: skip
     if geometry.empty:
         return grad_query, (grad_key * scale).to(key.dtype), grad_value.to(value.dtype)
     if geometry.initial:

@@ -36,6 +36,8 @@ _SOURCE = """{{{{def_kernel({arguments})}}}}
     h = head.to(INDEX_DTYPE)
     dv = tl.arange(0, BLOCK_DV)[None, :].to(INDEX_DTYPE)
     stored = (t < T) & (dv < DV)
+    row = h + H * (t + T * b)
+    row_stored = t < T
     {{{{store_output(("b", "t", "h", "dv"), "output", "stored", val_shape=("BLOCK_M", "BLOCK_DV"))}}}}
 
 

@@ -56,5 +56,7 @@ def check_fused(code: str, combine: str) -> None:
     if combine == "gated":
         assert body.count("tl.sigmoid(") == 3
         assert code.count("tl.sigmoid(") == 3
+        # A gate is read once a row, not for every element.
+        assert len(re.findall(r"= tl\.load\(.*, row_stored\b", body)) == 3
     # Stores: the lse; what follows the attention; in training what the backward pass needs of the output.
     assert "tl.store(out_ptr" in body
