@@ -168,9 +168,9 @@ def listed_gradient(
     SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_DENSE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DENSE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients that pass through one block of keys, for the (token, slot) pairs that list it.
+    """Gradients that pass through one block of keys, for the (token, slot) pairs that list it; MASKED as above.
 
     Adds to grad_key and grad_value [B, H_kv, S, ·] float32, the keys' without the scale; writes what the block gives
     to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].
@@ -216,10 +216,11 @@ def listed_gradient(
         local = packed // NUM_LISTED
         slot = packed % NUM_LISTED
         tokens = token_start + local
-        first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
-        low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
-        last = tl.minimum(last, low - 1)
-        seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]) & inside[None, :]
+        if MASKED:
+            first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
+            low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
+            last = tl.minimum(last, low - 1)
+            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]) & inside[None, :]
         for group_start in range(0, GROUP, GROUP_BLOCK):
             member = group_start + rows % GROUP_BLOCK
             active = used & (member < GROUP)
@@ -235,7 +236,9 @@ def listed_gradient(
             lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
             delta = tl.load(delta_ptr + row, mask=active, other=0.0)
             logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
-            weights = tl.where(seen, tl.exp2(logits - lse_log2[:, None]), 0.0)
+            weights = tl.exp2(logits - lse_log2[:, None])
+            if MASKED:
+                weights = tl.where(seen, weights, 0.0)
             grad_value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, grad_value, input_precision=PRECISION)
             grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
             grad_logits = (weights * (grad_weights - delta[:, None])).to(key.dtype)

@@ -17,6 +17,7 @@ from nsa_compile.kernels.gpu import launch, listed, tiles
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
+BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
 SPLIT = 512  # list entries of one block that a forward program handles
 
@@ -149,11 +150,11 @@ class _InvertedLists:
         self.bounds = torch.searchsorted(ordered, edges, out_int32=True)
 
 
-def _chunks(query: Tensor, width: int, slots: int) -> list[tuple[int, int]]:
-    """Token ranges whose partial outputs of `width` numbers a head and slot stay below PARTIAL_BYTES."""
+def _chunks(query: Tensor, width: int, slots: int, limit: int) -> list[tuple[int, int]]:
+    """Token ranges whose partial outputs of `width` numbers a head and slot stay below `limit` bytes."""
     B, H, T, _ = query.shape
     per_token = max(1, B * H * slots * width * query.element_size())
-    size = max(256, PARTIAL_BYTES // per_token // 256 * 256)
+    size = max(256, limit // per_token // 256 * 256)
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 
 
@@ -216,7 +217,7 @@ def listed_forward(
     constants = launch.head_constants(query, key, value)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
-    for start, end in _chunks(query, DV, n * sub):
+    for start, end in _chunks(query, DV, n * sub, PARTIAL_BYTES):
         chunk = end - start
         partial = query.new_empty((B, chunk, n * sub, H, DV))
         partial_lse = query.new_empty((B, chunk, n * sub, H), dtype=torch.float32)
@@ -274,7 +275,7 @@ def listed_backward(
     if not geometry.empty:
         launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
-    for start, end in _chunks(query, D, n * sub):
+    for start, end in _chunks(query, D, n * sub, BACKWARD_PARTIAL_BYTES):
         partial = query.new_empty((B, end - start, n * sub, H, D))
         if B and S:
             inverted = _InvertedLists(block_indices, intervals, geometry, (start, end))
@@ -285,7 +286,8 @@ def listed_backward(
                 H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, start, end,
                 scale, scale * launch.LOG2_E,
                 SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
-                HAS_DENSE=not geometry.empty, **constants, **intervals.constants(), **tile,
+                HAS_DENSE=not geometry.empty, MASKED=_cuts_blocks(geometry, intervals),
+                **constants, **intervals.constants(), **tile,
             )  # fmt: skip
         _merge(
             listed.merge_query_gradients, block_indices, intervals, geometry, (start, end), sub, constants,

@@ -57,7 +57,7 @@ def run(
     scale: float | None = None,
 ) -> dict:
     torch.manual_seed(torch.seed() % 2**31)
-    selected.PARTIAL_BYTES = limit
+    selected.PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
     query = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2)
     key, value = (torch.randn(B, S, H_kv, size, dtype=dtype).transpose(1, 2) for size in (D, DV))
