@@ -186,8 +186,9 @@ def _weighted_sum(gates: Tensor, *outputs: Tensor) -> Tensor:
     Reference: arXiv 2502.11089, eq 5.
     """
     dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
-    weight = gates.to(dtype)
-    total = outputs[0].to(dtype) * weight[..., 0:1]
-    for branch in range(1, len(outputs)):
-        total = total + outputs[branch].to(dtype) * weight[..., branch : branch + 1]
+    weights = gates.to(dtype).split(1, -1)
+    # Products promote to the weights' dtype element by element; a cast of its own would be another pass over memory.
+    total = outputs[0] * weights[0]
+    for output, weight in zip(outputs[1:], weights[1:], strict=True):
+        total = torch.addcmul(total, output, weight)
     return total.to(outputs[0].dtype, memory_format=torch.contiguous_format, copy=True)
