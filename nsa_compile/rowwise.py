@@ -55,14 +55,14 @@ def rowwise_template_class() -> type[Any]:
             return (
                 isinstance(entry, IterationRangesEntry)
                 and columns is not None
-                and entry.name.startswith(entry.prefix)  # else one of the tile's indices
+                and columns > 1  # else the flat index itself is one of rows, and the tile is padded
                 and bool(V.graph.sizevars.statically_known_multiple_of(entry.divisor, columns))
             )
 
         def _reads_rows(self, index: Any) -> bool:
             if self.template_mask is None:
                 return False
-            # By name: the tile's indices stand in an index under the names that the source gives them.
+            # By name: the tile's indices are called in an index what the source calls them.
             named = {entry.name: entry for entry in self.range_tree_nodes.values()}
             entries = [named[symbol.name] for symbol in index.free_symbols if symbol.name in named]
             return bool(entries) and all(map(self._is_of_rows, entries))

@@ -169,6 +169,23 @@ def test_operator_is_called_where_the_template_does_not_apply(dtype, size, is_te
     assert ("triton_tem" in code) == is_template
 
 
+@pytest.mark.parametrize(("value_size", "by_rows"), [(24, 2), (1, 0)])
+def test_one_number_a_row_is_read_once_a_row(value_size, by_rows):
+    """Where a row has several elements; one for a token and a head, one for a head."""
+
+    def attend(query: Tensor, value: Tensor, gate: Tensor, factor: Tensor) -> Tensor:
+        function = torch.ops.nsa.window_attention
+        output, _ = function(query, query, value, None, None, None, is_causal=True, scale=0.2, window=16)
+        return (output * gate.sigmoid() * factor).transpose(1, 2).flatten(2)
+
+    query, value, gate = (torch.randn(2, 80, 4, size).bfloat16().transpose(1, 2) for size in (32, value_size, 1))
+    compiled = torch.compile(attend, backend=NSABackend(), dynamic=False)
+    (graph,) = fake_cuda.capture_graphs(lambda: compiled(query, value, gate, torch.randn(4, 1, 1).bfloat16()))
+    kernel = generated.template_kernel(fake_cuda.generate_code(graph))
+    assert "tl.sigmoid(" in kernel
+    assert len(re.findall(r"= tl\.load\(.*, row_stored\b", kernel)) == by_rows
+
+
 def test_torch_with_narrow_symbolic_sizes_keeps_large_tensors_opaque(monkeypatch):
     with fake_cuda.fake_cuda():
         assert register_templates()
