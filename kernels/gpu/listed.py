@@ -40,7 +40,7 @@ def route_entries(
     token_start, token_end, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sort key of each list entry: its block, or `num_blocks` where the entry is unused or handled densely."""
+    """Sort key of each list entry: pair · (num_blocks + 1) + block, its block `num_blocks` where it is not `routed`."""
     chunk = token_end - token_start
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pair = tl.program_id(1)
@@ -52,7 +52,7 @@ def route_entries(
     block = tl.load(blocks_ptr + source, mask=inside, other=-1)
     used = routed(block, low, initial, SELECTION_BLOCK)
     target = pair.to(tl.int64) * chunk * NUM_LISTED + entries
-    tl.store(key_ptr + target, tl.where(used, block, num_blocks), mask=inside)
+    tl.store(key_ptr + target, pair * (num_blocks + 1) + tl.where(used, block, num_blocks), mask=inside)
 
 
 @triton.jit
@@ -116,14 +116,14 @@ def attend_listed(
     rows = tl.arange(0, BLOCK_M)
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
     query_base = query_ptr + batch.to(tl.int64) * stride_qb
-    order = order_ptr + pair.to(tl.int64) * chunk * NUM_LISTED
+    first_entry = pair.to(tl.int64) * chunk * NUM_LISTED
     for tile_start in range(start, end, pairs_per_tile):
         entries = tile_start + rows // GROUP_BLOCK
         used = (entries < end) & (rows < pairs_per_tile * GROUP_BLOCK)
         if DIRECT:
             packed = entries
         else:
-            packed = tl.load(order + entries, mask=used, other=0).to(tl.int32)
+            packed = (tl.load(order_ptr + entries, mask=used, other=first_entry) - first_entry).to(tl.int32)
         local = packed // NUM_LISTED
         slot = packed % NUM_LISTED
         tokens = token_start + local
@@ -208,11 +208,11 @@ def listed_gradient(
     grad_value = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
     rows = tl.arange(0, BLOCK_M)
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    order = order_ptr + pair.to(tl.int64) * chunk * NUM_LISTED
+    first_entry = pair.to(tl.int64) * chunk * NUM_LISTED
     for tile_start in range(start, end, pairs_per_tile):
         entries = tile_start + rows // GROUP_BLOCK
         used = (entries < end) & (rows < pairs_per_tile * GROUP_BLOCK)
-        packed = tl.load(order + entries, mask=used, other=0).to(tl.int32)
+        packed = (tl.load(order_ptr + entries, mask=used, other=first_entry) - first_entry).to(tl.int32)
         local = packed // NUM_LISTED
         slot = packed % NUM_LISTED
         tokens = token_start + local

@@ -123,10 +123,11 @@ def _merge_tile(group: int) -> dict[str, int]:
 
 
 class _InvertedLists:
-    """For the tokens [start, end): list entries of each KV head sorted by block, then by token.
+    """For the tokens [start, end): list entries sorted by sequence and KV head, then by block, then by token.
 
-    order [B, H_kv, chunk·n] int64 holds entries (token − start)·n + slot; bounds [B, H_kv, N_blk + 1] int32 says where
-    each block's entries start.  Unused entries sort behind the last block.
+    One sort for all, since torch sorts a few long rows one after the other.  order [B·H_kv·chunk·n] int64 holds the
+    entries' places in [B, H_kv, token − start, slot]; bounds [B·H_kv·(N_blk + 1)] int32 says where each block's entries
+    start.  Unused entries come behind the last block.
     """
 
     def __init__(
@@ -135,18 +136,19 @@ class _InvertedLists:
         B, H_kv, T, n = block_indices.shape
         start, end = tokens
         num_blocks = triton.cdiv(geometry.num_tokens, geometry.selection_block)
-        keys = block_indices.new_empty((B, H_kv, (end - start) * n))
+        entries = (end - start) * n
+        keys = block_indices.new_empty(B * H_kv * entries)
         size = 1024
         first, last, _ = intervals.pointers(block_indices)
         constants = intervals.constants()
         del constants["HAS_VALID"]
-        listed.route_entries[(triton.cdiv(keys.shape[-1], size), B * H_kv)](
+        listed.route_entries[(triton.cdiv(entries, size), B * H_kv)](
             block_indices, first, last, keys, T, geometry.num_tokens, num_blocks, H_kv, geometry.window,
             geometry.local_blocks, geometry.initial, start, end, HAS_DENSE=not geometry.empty,
             SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, BLOCK=size, **constants,
         )  # fmt: skip
-        ordered, self.order = keys.sort(dim=-1, stable=True)
-        edges = torch.arange(num_blocks + 1, dtype=torch.int32, device=keys.device).expand(B, H_kv, -1).contiguous()
+        ordered, self.order = keys.sort(stable=True)
+        edges = torch.arange(B * H_kv * (num_blocks + 1), dtype=torch.int32, device=keys.device)
         self.bounds = torch.searchsorted(ordered, edges, out_int32=True)
 
 
