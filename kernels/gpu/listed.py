@@ -127,11 +127,12 @@ def attend_listed(
         local = packed // NUM_LISTED
         slot = packed % NUM_LISTED
         tokens = token_start + local
+        seen = inside[None, :]
         if MASKED:
             first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
             low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
             last = tl.minimum(last, low - 1)
-            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]) & inside[None, :]
+            seen = seen & (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
         for group_start in range(0, GROUP, GROUP_BLOCK):
             member = group_start + rows % GROUP_BLOCK
             active = used & (member < GROUP)
@@ -216,11 +217,12 @@ def listed_gradient(
         local = packed // NUM_LISTED
         slot = packed % NUM_LISTED
         tokens = token_start + local
+        seen = inside[None, :]
         if MASKED:
             first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
             low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
             last = tl.minimum(last, low - 1)
-            seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None]) & inside[None, :]
+            seen = seen & (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
         for group_start in range(0, GROUP, GROUP_BLOCK):
             member = group_start + rows % GROUP_BLOCK
             active = used & (member < GROUP)
