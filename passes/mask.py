@@ -188,7 +188,8 @@ class MaskProver:
         if bias is None:
             return allowed
         leaves = self._leaves([bias])
-        reason = cause_of_bias(leaves, bias.free_symbols)
+        is_lost = any(leaf.stale for leaf in leaves)
+        reason = Reason.MUTATED_MASK if is_lost else cause_of_bias(leaves, bias.free_symbols)
         what = text(bias) + (f", and {leaves[0].name} is data: {leaves[0].cause}" if leaves else "")
         nodes = tuple(leaf.written_by for leaf in leaves) or (mask.node,)
         return Rejection(reason, f"{mask.node.name} adds to the scores {what}.", nodes)
@@ -219,7 +220,8 @@ class MaskProver:
         result = read_interval(formula, sizes, self._interpreter.leaf)
         if isinstance(result, Refusal):
             reason = result.reason
-            if reason is Reason.MASK_NOT_PROVED and is_selection(result.leaves):
+            # A selection is made for each head by itself, or is computed with an operation that is not followed.
+            if reason in (Reason.MASK_NOT_PROVED, Reason.MASK_DEPENDS_ON_HEAD) and is_selection(result.leaves):
                 reason = Reason.ALREADY_SPARSE
             nodes = tuple(leaf.written_by for leaf in result.leaves) or mask_nodes
             return Rejection(reason, f"{result.sentence}.", nodes)

@@ -119,6 +119,9 @@ def atom(relation: Relation, expression: sympy.Expr) -> Formula:
     if relation is Relation.EQUAL:
         if expression.could_extract_minus_sign():
             expression = -expression
+        size, magnitude = expression.as_coeff_Mul()
+        if isinstance(magnitude, sympy.Abs) and size:
+            return atom(relation, magnitude.args[0])
         factors = expression.args if isinstance(expression, sympy.Mul) else ()
         if len([f for f in factors if not f.is_number]) > 1:
             return disjunction(*(atom(relation, factor) for factor in factors if not factor.is_number))

@@ -56,6 +56,10 @@ STRUCTURAL = {
         "causal, window 3",
     ),
     "chunks": (lambda q, k: causal(q, k) & (places(q, k)[0] // 3 == places(q, k)[1] // 3), "causal, documents"),
+    "chunks by distance": (
+        lambda q, k: causal(q, k) & ((places(q, k)[1] // 3 - places(q, k)[0] // 3).abs() == 0),
+        "causal, documents",
+    ),
     "strictly before": (lambda q, k: places(q, k)[1] < places(q, k)[0], "causal from a position"),
     "expanded": (lambda q, k: causal(q, k)[None, None].expand(q.shape[0], q.shape[1], -1, -1), "causal"),
     "implied twice": (lambda q, k: causal(q, k) & (places(q, k)[1] <= places(q, k)[0] + 2), "causal"),

@@ -43,6 +43,12 @@ def overwritten(q, k):
     return mask & causal(q, k)
 
 
+def additive_overwritten(q, k):
+    mask = additive(causal(q, k))
+    mask.view(-1)[5:9].fill_(0.0)
+    return mask
+
+
 # Name -> (program, data, reason).
 DECLINED = {
     "nothing hidden": (lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool), (), Reason.BIDIRECTIONAL),
@@ -202,6 +208,11 @@ DECLINED = {
         (torch.randn(2, 1, 7, 7),),
         Reason.ALREADY_SPARSE,
     ),
+    "above a score of each head": (
+        lambda q, k, s: causal(q, k) & (s >= s.topk(3, dim=-1).values[..., -1:]),
+        (torch.randn(2, 3, 7, 7),),
+        Reason.ALREADY_SPARSE,
+    ),
     "unknown operation": (
         lambda q, k, m: causal(q, k) & torch.kron(m, m).reshape(4, 49)[0].reshape(7, 7).bool(),
         (PAD,),
@@ -213,6 +224,7 @@ DECLINED = {
         Reason.MASK_NOT_PROVED,
     ),
     "written through a view": (overwritten, (), Reason.MUTATED_MASK),
+    "additive, written through a view": (additive_overwritten, (), Reason.MUTATED_MASK),
 }
 
 
