@@ -33,7 +33,7 @@ from nsa_compile.passes.predicate.formula import compare, conjunction, disjuncti
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder, HeldSizes
 from nsa_compile.passes.predicate.interpreter import ConstantReader, Interpreter
 from nsa_compile.passes.predicate.interval import Interval, Limit, Refusal, Sizes, read_interval
-from nsa_compile.passes.predicate.suppositions import check_binary, doubted
+from nsa_compile.passes.predicate.suppositions import are_padding, check_binary, doubted
 from nsa_compile.passes.predicate.tensor import KEY, QUERY, Leaf, number_expression, size_expression
 from nsa_compile.passes.predicate.terms import TRUE, Formula, UnknownError, expressions
 from nsa_compile.passes.predicate.words import text
@@ -95,18 +95,32 @@ class MaskProver:
         scope: Scope,
         reader: fx.Node,
     ) -> VisibleKeys | Rejection:
-        """Tries once more where a bias stopped the proof, supposing that what it is computed of is 0 or 1."""
+        """Tries once more where arithmetic stopped the proof, supposing that what it is computed of is 0 or 1."""
         names: frozenset[str] = frozenset()
         for mask in masks:
-            if mask.kind is MaskKind.ADDITIVE and tensor_of(mask.node) is not None:
+            if tensor_of(mask.node) is not None:
                 with contextlib.suppress(UnknownError):
-                    _, bias = self._unbiased(mask, sizes, scope, reader)
-                    names |= frozenset() if bias is None else doubted(self._leaves([bias]), self._interpreter.leaf)
+                    leaves = self._at_fault(mask, rejection, sizes, scope, reader)
+                    names |= doubted(leaves, self._interpreter.leaf)
         if names <= self._binary:
             return rejection
         result = self._where_binary(self._binary | names).prove(masks, is_causal, sizes, scope, reader)
+        if isinstance(result, VisibleKeys) and rejection.reason is Reason.MASK_NOT_PROVED:
+            return result if are_padding(names, result.interval) else rejection
         is_told = isinstance(result, VisibleKeys) or result.reason is Reason.MASK_IS_INPUT
         return result if is_told else rejection
+
+    def _at_fault(
+        self, mask: Mask, rejection: Rejection, sizes: Sizes, scope: Scope, reader: fx.Node
+    ) -> tuple[Leaf, ...]:
+        """The data in the bias that a mask adds, or the results of inexact arithmetic that it is made of."""
+        if mask.kind is MaskKind.ADDITIVE:
+            _, bias = self._unbiased(mask, sizes, scope, reader)
+            return () if bias is None else self._leaves([bias])
+        if mask.kind not in (MaskKind.BLOCKED, MaskKind.ALLOWED) or rejection.reason is not Reason.MASK_NOT_PROVED:
+            return ()
+        formula = formula_of(self._masks.value(mask, sizes, scope, reader))
+        return tuple(leaf for leaf in self._leaves(expressions(formula)) if leaf.computed_of)
 
     def _where_binary(self, names: frozenset[str]) -> "MaskProver":
         """The prover that supposes so."""

@@ -23,6 +23,7 @@ from nsa_compile.passes.predicate.terms import (
     Not,
     Or,
     Relation,
+    RoundedError,
     Substitution,
     UnknownError,
     is_exact,
@@ -196,7 +197,7 @@ def _check_floating_point(left: sympy.Expr, right: sympy.Expr) -> None:
     if not limit.is_number or (data not in single and -data not in single):
         raise UnknownError("it compares floating-point data with something that is not a constant")
     if limit.is_infinite or (shift != 0 and limit != 0):
-        raise UnknownError("it compares floating-point data, after arithmetic that may round it")
+        raise RoundedError("it compares floating-point data, after arithmetic that may round it")
 
 
 def map_atoms(formula: Formula, change: Callable[[Atom], Formula]) -> Formula:

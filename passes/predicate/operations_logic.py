@@ -6,7 +6,7 @@ from typing import Any
 import sympy
 import torch
 
-from nsa_compile.passes.predicate.cases import cases_of, formula_of, make_cases
+from nsa_compile.passes.predicate.cases import cases_of, formula_of, make_cases, size_of
 from nsa_compile.passes.predicate.conversion import (
     converted,
 )
@@ -24,14 +24,15 @@ from nsa_compile.passes.predicate.terms import UnknownError
 def _comparison(symbol: str, *names: str) -> None:
     def handler(call: Call, input: Any, other: Any) -> AbstractTensor:
         left, right = (cases_of(aligned(as_tensor(operand), len(call.shape))) for operand in (input, other))
-        formula = disjunction(
-            *(
-                conjunction(condition, other_condition, compare(symbol, x, y))
-                for condition, x in left
-                for other_condition, y in right
-            )
-        )
-        return make_tensor(call.shape, torch.bool, formula)
+        pairs = [
+            (conjunction(condition, other_condition), compare(symbol, x, y))
+            for condition, x in left
+            for other_condition, y in right
+        ]
+        holds = disjunction(*(conjunction(*pair) for pair in pairs))
+        fails = disjunction(*(conjunction(condition, negation(relation)) for condition, relation in pairs))
+        # A product of masks is 0 where one is, or the other, or both: shorter said, not where both are 1.
+        return make_tensor(call.shape, torch.bool, negation(fails) if size_of(fails) < size_of(holds) else holds)
 
     operation(*names)(handler)
 

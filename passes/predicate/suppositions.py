@@ -7,12 +7,15 @@ a graph tells which; so the graph is made to check it, and the rewrite is right 
 from collections.abc import Callable
 
 import torch
+from sympy.core.function import AppliedUndef
 from torch import fx
 
 from nsa_compile.passes.metadata import tensor_of
 from nsa_compile.passes.predicate.causes import is_parameter
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder
+from nsa_compile.passes.predicate.interval import Interval
 from nsa_compile.passes.predicate.tensor import Leaf
+from nsa_compile.passes.predicate.terms import expressions
 
 
 def doubted(leaves: tuple[Leaf, ...], leaf: Callable[[str], Leaf]) -> frozenset[str]:
@@ -47,6 +50,12 @@ def _may_be_padding(leaf: Leaf) -> bool:
     # A gradient would be lost, which padding has no use for.
     is_fixed = not is_parameter(leaf.node) and tensor is not None and not tensor.requires_grad
     return is_outside and is_fixed and bool(leaf.shape) and leaf.dtype != torch.bool and not leaf.dtype.is_complex
+
+
+def are_padding(names: frozenset[str], interval: Interval) -> bool:
+    """Whether all of some data hides keys or queries; what hides none has no reason to be 0 or 1."""
+    parts = (part for condition in (*interval.keys, *interval.queries) for part in expressions(condition))
+    return names <= {application.func.__name__ for part in parts for application in part.atoms(AppliedUndef)}
 
 
 def check_binary(leaf: Leaf, builder: GraphBuilder, read: Callable[[Leaf], fx.Node], attention: str) -> None:

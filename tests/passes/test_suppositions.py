@@ -46,6 +46,16 @@ PADDINGS = {
     "kept for a product": lambda s, m: (causal(s) + (1.0 - m[:, None, None]) * NEG) * 1.0,
 }  # fmt: skip
 
+# Likewise with a mask of floats, of which a product or a sum is compared.
+COMPARED = {
+    "a product is 0": lambda s, m: s.masked_fill(order(s) * m[:, None, None] == 0, NEG),
+    "a product is small": lambda s, m: s.masked_fill(order(s) * m[:, None, None] < 0.5, -torch.inf),
+    "a product is false": lambda s, m: s.masked_fill(~(m[:, None, None] * order(s)).bool(), NEG),
+    "a product is 1": lambda s, m: s.where(m[:, None, None] * order(s) == 1, NEG),
+    "keys times queries": lambda s, m: causal(s).masked_fill(m[:, None, None] * m[:, None, :, None] == 0, NEG),
+    "a sum is 2": lambda s, m: s.masked_fill(m[:, None, None].long() + order(s).long() != 2, NEG),
+}
+
 
 class Attention(nn.Module):
     """Softmax attention under a mask."""
@@ -107,6 +117,27 @@ def test_padding_equals_dense_and_other_values_are_an_error(name, dtype):
         with pytest.raises(RuntimeError, match=r"the attention in attention.*0 and 1 alone"):
             compiled(x, spoilt(mask, value))
     torch.testing.assert_close(seen(compiled(x, mask)), seen(expected), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_padding_of_floats_that_is_compared_equals_dense_and_other_values_are_an_error(name):
+    model, x = made(COMPARED[name])
+    mask = KEEP.float()
+    compiled = torch.compile(model, backend=NSABackend(COVERING))
+    (site,) = explain(model, COVERING)(x, mask).sites
+    assert site.decision == "rewritten", site.sentence
+    assert "checked padding" in site.mask
+    torch.testing.assert_close(seen(compiled(x, mask)), seen(model(x, mask)), rtol=1e-4, atol=2e-5)
+    for value in (0.5, float("nan"), 2.0):
+        with pytest.raises(RuntimeError, match=r"the attention in attention.*0 and 1 alone"):
+            compiled(x, spoilt(mask, value))
+
+
+def test_data_that_hides_no_key_where_it_is_0_or_1_is_not_supposed_to_be():
+    """Times of events are no padding: that none are far apart if all are 0 or 1 proves nothing."""
+    model, x = made(lambda s, m: causal(s).masked_fill((m[:, None, :, None] - m[:, None, None]).abs() > 5, NEG))
+    (site,) = explain(model, COVERING)(x, KEEP.cumsum(1).float()).sites
+    assert site.reason == "MASK_NOT_PROVED"
 
 
 def test_the_mask_of_a_check_may_change_from_call_to_call():
