@@ -25,7 +25,7 @@ from nsa_compile.passes.predicate.tensor import (
 from nsa_compile.passes.predicate.terms import TRUE, Formula, UnknownError
 
 
-@operation("ones", "new_ones", "ones_like", reads=False)
+@operation("ones", "new_ones", "ones_like", "wrapped_ones", reads=False)
 def _ones(call: Call) -> AbstractTensor:
     return make_tensor(call.shape, call.dtype, number(ONE))
 
@@ -103,6 +103,16 @@ def _tril(call: Call, input: Any, diagonal: Any = 0) -> AbstractTensor:
 @operation("triu")
 def _triu(call: Call, input: Any, diagonal: Any = 0) -> AbstractTensor:
     return _triangle(call, input, ">=", diagonal)
+
+
+@operation("wrapped_tril")
+def _numpy_tril(call: Call, m: Any, k: Any = 0) -> AbstractTensor:
+    return _tril(call, m, k)
+
+
+@operation("wrapped_triu")
+def _numpy_triu(call: Call, m: Any, k: Any = 0) -> AbstractTensor:
+    return _triu(call, m, k)
 
 
 def _triangle(call: Call, input: Any, symbol: str, diagonal: Any) -> AbstractTensor:

@@ -126,7 +126,7 @@ def _zero(call: Call) -> AbstractTensor:
 @operation(
     *("to", "_to_copy", "type", "type_as", "bool", "float", "double", "half", "bfloat16", "int", "long", "contiguous"),
     *("clone", "detach", "alias", "lift_fresh_copy", "lift_fresh", "cpu", "cuda", "requires_grad", "pos", "positive"),
-    *("short", "char", "byte", "lift"),
+    *("short", "char", "byte", "lift", "wrapped_astype"),
 )
 def _convert(call: Call, input: Any, *_: Any, **__: Any) -> AbstractTensor:
     return converted(as_tensor(input), call.dtype)

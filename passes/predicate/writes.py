@@ -28,6 +28,12 @@ _HARMLESS = frozenset({"requires_grad_", "detach_", "share_memory_", "and_", "or
 
 # What an exported graph calls, by name, to index a tensor inside flex_attention's modifications.
 _INDEXING = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
+# NumPy's functions and methods, as Dynamo names them, that write none of their arguments.  Any other may: `fill`, say.
+_NUMPY = "wrapped_"
+_NUMPY_READERS = frozenset(
+    f"{_NUMPY}{name}"
+    for name in ("tril", "triu", "astype", "getitem", "reshape", "eq", "ne", "lt", "le", "gt", "ge", "invert")
+)
 _RESHAPING = frozenset(
     {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "as_strided_"}
 )
@@ -59,6 +65,8 @@ def written_by(node: fx.Node) -> tuple[fx.Node, ...]:
         return _written_by_schema(node)
     name = target_name(node)
     written = _nodes([node.kwargs.get("out")])
+    if name.startswith(_NUMPY):
+        return written if name in _NUMPY_READERS else tuple(node.all_input_nodes)
     module = getattr(target, "__module__", "")
     if module in ("_operator", "operator"):
         return _nodes(node.args[:1]) if name in _INPLACE_OPERATORS else written

@@ -1,5 +1,6 @@
 """Hand-written masks: each is proved to be what it is, or declined for its own reason."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import pad
@@ -27,6 +28,10 @@ STRUCTURAL = {
     "tril of numbers": (lambda q, k: torch.ones(q.shape[2], k.shape[2]).tril() == 1, "causal"),
     "triu": (lambda q, k: ~torch.triu(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool), diagonal=1), "causal"),
     "additive triu": (lambda q, k: torch.triu(torch.full((q.shape[2], k.shape[2]), NEG), diagonal=1), "causal"),
+    "of NumPy": (
+        lambda q, k: torch.from_numpy(np.triu(np.ones((q.shape[2], k.shape[2])), k=1).astype("uint8")) == 0,
+        "causal",
+    ),
     "additive where": (lambda q, k: torch.where(causal(q, k), 0.0, torch.finfo(torch.float32).min), "causal"),
     "additive fill": (lambda q, k: torch.zeros(q.shape[2], k.shape[2]).masked_fill(~causal(q, k), -1e9), "causal"),
     "additive product": (lambda q, k: (1.0 - causal(q, k).float()) * torch.finfo(torch.float32).min, "causal"),

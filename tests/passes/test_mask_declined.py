@@ -49,6 +49,12 @@ def additive_overwritten(q, k):
     return mask
 
 
+def overwritten_by_numpy(q, k):
+    mask = causal(q, k)
+    mask.numpy()[2:4].fill(True)
+    return mask
+
+
 # Name -> (program, data, reason).
 DECLINED = {
     "nothing hidden": (lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool), (), Reason.BIDIRECTIONAL),
@@ -224,6 +230,7 @@ DECLINED = {
         Reason.MASK_NOT_PROVED,
     ),
     "written through a view": (overwritten, (), Reason.MUTATED_MASK),
+    "written by NumPy": (overwritten_by_numpy, (), Reason.MUTATED_MASK),
     "additive, written through a view": (additive_overwritten, (), Reason.MUTATED_MASK),
 }
 
