@@ -270,6 +270,9 @@ WAYS = {
     "added-square": lambda s: s + nn.Transformer.generate_square_subsequent_mask(s.size(-1)),
     "added-1e4": lambda s: s + (1.0 - full(s).tril()) * -10000.0,
     "added-minus": lambda s: s - 1e9 * (1 - full(s).tril()),
+    "chunks-by-distance": lambda s: s.masked_fill(
+        (full(s).tril() == 0) | (((c := torch.arange(s.size(-1)) // 8) - c[:, None]).abs() != 0), -torch.inf
+    ),
     "where-scalars": lambda s: s + torch.where(full(s).tril() > 0, 0.0, -1e30),
     "where": lambda s: torch.where(full(s).tril().bool(), s, float("-inf")),
     "where-not": lambda s: torch.where(full(s).triu(1) != 0, torch.tensor(-1e9), s),
@@ -295,6 +298,10 @@ OTHER_WAYS = {
     "weak": ("ADDITIVE_BIAS", lambda s: s.masked_fill(full(s).tril() == 0, -100.0)),
     "off-by-one": ("BIDIRECTIONAL", lambda s: s.masked_fill(full(s).tril(1) == 0, -torch.inf)),
     "upside-down": ("BIDIRECTIONAL", lambda s: s.masked_fill(full(s).tril() == 1, -torch.inf)),
+    "above-the-kth-largest": (
+        "ALREADY_SPARSE",
+        lambda s: (c := causal(s)).masked_fill(c < c.topk(4, dim=-1).values[..., -1:], -torch.inf),
+    ),
     "dilated": (
         "MASK_NOT_INTERVAL",
         lambda s: s.masked_fill(
