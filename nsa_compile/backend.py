@@ -140,7 +140,7 @@ def collect_reports() -> Iterator[list[RewriteReport]]:
 def _rewrite_and_report(graph_module: fx.GraphModule, config: NSAConfig, reader: BufferReader) -> None:
     collected = _collected.get()
     is_wanted = collected is not None or logger.isEnabledFor(logging.DEBUG) or compat.is_traced()
-    report = rewrite_graph(graph_module, config, keep_code=is_wanted, read_constant=reader)
+    report = rewrite_graph(graph_module, config, keep_code=is_wanted, buffers=reader)
     if collected is not None:
         collected.append(report)
     _log(report)

@@ -1,4 +1,4 @@
-"""Masks kept in buffers: read by value when a graph is compiled, and watched for changes when it runs."""
+"""Masks and their fill values kept in buffers: read when a graph is compiled, and watched for changes when it runs."""
 
 import dataclasses
 import logging
@@ -28,12 +28,12 @@ class _Reading:
     Attributes:
         tensor: the buffer, for as long as the model has it.
         version: torch's count of the writes to it.
-        meaning: what its values were read as.
+        meaning: what its values were read as, or the number in it.
     """
 
     tensor: "weakref.ref[torch.Tensor]"
     version: int
-    meaning: AbstractTensor
+    meaning: AbstractTensor | float
 
 
 class BufferReader:
@@ -46,14 +46,14 @@ class BufferReader:
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self._graph_module = graph_module
-        self._readable: dict[fx.Node, tuple[int, torch.Tensor, AbstractTensor]] = {}
+        self._readable: dict[fx.Node, tuple[int, torch.Tensor, AbstractTensor | float]] = {}
         self._readings: dict[int, _Reading] = {}
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         if len(placeholders) != len(inputs):
             return
         for place, (node, tensor) in enumerate(zip(placeholders, inputs, strict=True)):
             if _BUFFER.search(node.name) and _is_readable(tensor):
-                meaning = abstract_constant(tensor)
+                meaning = _meaning(tensor)
                 if meaning is not None:
                     self._readable[node] = (place, tensor, meaning)
 
@@ -68,9 +68,22 @@ class BufferReader:
         return bool(self._readings)
 
     def __call__(self, node: fx.Node, scope: Scope) -> torch.Tensor | None:
-        """Returns the values of a buffer; None for what may not be read."""
+        """Returns the values of a buffer of several elements; None for what may not be read."""
+        tensor = self._find(node, scope)
+        return self._read(node) if tensor is not None and tensor.numel() > 1 else None
+
+    def number(self, node: fx.Node, scope: Scope) -> float | None:
+        """Returns the number in a buffer of one element; None for what may not be read."""
+        tensor = self._find(node, scope)
+        is_number = tensor is not None and tensor.numel() == 1 and not tensor.is_complex()
+        return self._read(node).item() if is_number else None
+
+    def _find(self, node: fx.Node, scope: Scope) -> torch.Tensor | None:
         if scope.graph_module is not self._graph_module or node not in self._readable:
             return None
+        return self._readable[node][1]
+
+    def _read(self, node: fx.Node) -> torch.Tensor:
         place, tensor, meaning = self._readable[node]
         self._readings[place] = _Reading(weakref.ref(tensor), tensor._version, meaning)
         return tensor
@@ -99,17 +112,21 @@ class BufferReader:
 
 
 def _is_readable(tensor: Any) -> bool:
-    """Whether a tensor's values are known, more than one, and torch counts the writes to it."""
+    """Whether a tensor's values are known, and torch counts the writes to it."""
     if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor) or tensor.is_meta:
         return False
-    return not tensor.is_inference() and not tensor.requires_grad and tensor.numel() > 1
+    return not tensor.is_inference() and not tensor.requires_grad and tensor.numel() > 0
+
+
+def _meaning(tensor: torch.Tensor) -> AbstractTensor | float | None:
+    return abstract_constant(tensor) if tensor.numel() > 1 else tensor.item()
 
 
 def _holds(reading: _Reading, tensor: torch.Tensor) -> bool:
     """Whether a buffer means what was read; another buffer, or one that was written, is read again."""
     if tensor is reading.tensor() and tensor._version == reading.version:
         return True
-    if tensor.is_inference() or abstract_constant(tensor) != reading.meaning:
+    if tensor.is_inference() or tensor.numel() == 0 or _meaning(tensor) != reading.meaning:
         return False
     reading.tensor, reading.version = weakref.ref(tensor), tensor._version
     return True

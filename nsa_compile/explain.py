@@ -76,7 +76,7 @@ def _explain_whole(
     def record(graph_module: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         reader = BufferReader(graph_module, inputs)
         with compat.users_errors():
-            reports.append(rewrite_graph(graph_module, config, read_constant=reader))
+            reports.append(rewrite_graph(graph_module, config, buffers=reader))
         return stop
 
     def stop(*_: Any) -> None:
@@ -109,7 +109,7 @@ def _explain_broken(
         reason, graph = compat.break_reason(graph_module), copy_graph(graph_module)
         reader = BufferReader(graph, inputs)
         with compat.users_errors():
-            reports.append(rewrite_graph(graph, config, break_reason=reason, read_constant=reader))
+            reports.append(rewrite_graph(graph, config, break_reason=reason, buffers=reader))
         return graph_module.forward
 
     compat.compile_isolated(_call, record, fullgraph=False, dynamic=dynamic)(model, *args, **kwargs)

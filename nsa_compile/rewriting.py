@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from nsa_compile.buffers import BufferReader
 from nsa_compile.config import NSAConfig
 from nsa_compile.errors import ConfigError, InternalError, NSAError, UnsupportedGraphError
 from nsa_compile.passes.find import find_sites
 from nsa_compile.passes.learned import find_markers
 from nsa_compile.passes.metadata import propagate_shapes, record_constants
 from nsa_compile.passes.plan import Decision, RewritePlan, plan_rewrite
-from nsa_compile.passes.predicate.interpreter import ConstantReader
 from nsa_compile.passes.rewrite import apply_plan
 from nsa_compile.passes.sites import Shape
 from nsa_compile.report import GraphReport, RewriteReport, SiteReport, UnusedParts
@@ -67,7 +67,7 @@ def rewrite_graph(
     *,
     keep_code: bool = True,
     break_reason: str | None = None,
-    read_constant: ConstantReader | None = None,
+    buffers: BufferReader | None = None,
 ) -> RewriteReport:
     """Rewrites a graph in place, as `rewrite` does, for callers that have checked their arguments.
 
@@ -76,14 +76,15 @@ def rewrite_graph(
         config: the configuration.
         keep_code: put the graph's code before and after into the report, which costs time.
         break_reason: why the graph ends early, for the report.
-        read_constant: gives the values of tensors that nothing can change unnoticed.
+        buffers: reads the values of tensors that nothing can change unnoticed.
 
     Raises:
         InternalError: a pass failed.
     """
     before = readable(graph_module) if keep_code else ""
     try:
-        plan = plan_rewrite(find_sites(graph_module), config, read_constant, find_markers(graph_module))
+        found = find_sites(graph_module, buffers.number if buffers is not None else None)
+        plan = plan_rewrite(found, config, buffers, find_markers(graph_module))
         # The nodes are named as they were before: rewriting erases them.
         sites = tuple(map(_site_report, plan.decisions))
         unused = _unused_parts(plan)

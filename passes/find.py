@@ -1,5 +1,8 @@
 """Finds every attention in a graph, however it is spelled."""
 
+import functools
+from collections.abc import Callable
+
 from torch import fx
 
 from nsa_compile.passes.calls import operation
@@ -30,12 +33,19 @@ _READERS = (
 )
 
 
-def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
+NumberReader = Callable[[fx.Node, Scope], "float | None"]
+
+
+def find_sites(
+    graph_module: fx.GraphModule, read_number: NumberReader | None = None
+) -> list[AttentionSite | Rejection]:
     """Finds the attentions of a graph and of the bodies of its higher-order operators.
 
     Args:
         graph_module: from Dynamo, `torch.export` or `symbolic_trace`, with shapes recorded; it is only read.
             While Dynamo compiles, symbolic numbers that scale scores are fixed by guards.
+        read_number: given a placeholder or get_attr node and its scope, the number in a tensor of one element if
+            nothing can change it unnoticed, else None: what masks fill in.
 
     Returns:
         For each attention, in the order of the graphs: a site, its masks yet unproved, or why it cannot be one.
@@ -43,12 +53,17 @@ def find_sites(graph_module: fx.GraphModule) -> list[AttentionSite | Rejection]:
     found: list[AttentionSite | Rejection] = []
     transformed: dict[fx.Graph, set[fx.Node]] = {}
     for scope in walk_scopes(graph_module):
-        writes = Writes(scope.graph_module.graph)
+        read = None if read_number is None else functools.partial(_read, read_number, scope)
+        writes = Writes(scope.graph_module.graph, read)
         for node in scope.graph_module.graph.nodes:
             for is_kind, read in _READERS:
                 if is_kind(node) and (attention := read(node, scope, writes)) is not None:
                     found.append(_declined_by_scope(attention, scope, transformed) or attention)
     return found
+
+
+def _read(read_number: NumberReader, scope: Scope, node: fx.Node) -> float | None:
+    return read_number(node, scope)
 
 
 def _declined_by_scope(

@@ -261,15 +261,12 @@ class ScoreReader:
 
     def _chosen(self, state: _State, bound: _Bound) -> _Outcome:
         condition, chosen, other = (bound.get(name) for name in ("condition", "input", "other"))
-        if self._constant(other, state) is not None:
+        if self._fill(other, state) is not None:
             return self._hidden(state, chosen, condition, MaskKind.ALLOWED, other)
         return self._hidden(state, other, condition, MaskKind.BLOCKED, chosen)
 
     def _hidden(self, state: _State, scores: Any, mask: Any, kind: MaskKind, value: Any) -> _Outcome:
-        number = self._constant(value, state)
-        if number is None and isinstance(recorded_value(value), torch.SymFloat):
-            # A module's attribute under dynamic shapes: it is the same from call to call.
-            number = fixed_number_of(value)
+        number = self._fill(value, state)
         if number is None or not isinstance(mask, fx.Node) or not isinstance(scores, fx.Node):
             return Problem(Reason.UNKNOWN_SPELLING, f"{state.node} fills in something unknown.", (state.node,))
         if number * state.scale > MASKED_BELOW:
@@ -279,6 +276,14 @@ class ScoreReader:
             return Problem(Reason.UNKNOWN_SPELLING, f"{state.node} is larger than the scores.", (state.node,))
         masked = self._masked(state, mask, kind)
         return masked if isinstance(masked, Problem) else [masked.back_to(scores)]
+
+    def _fill(self, value: Any, state: _State) -> "float | int | bool | None":
+        """The number that is filled in where a key is hidden."""
+        number = self._constant(value, state)
+        if number is None and isinstance(recorded_value(value), torch.SymFloat):
+            # A module's attribute under dynamic shapes: it is the same from call to call.
+            number = fixed_number_of(value)
+        return self._writes.number_from_outside(value, state.node) if number is None else number
 
     def _clamped(self, state: _State, bound: _Bound) -> _Outcome:
         """A lower limit so low that only hidden keys reach it changes nothing."""

@@ -8,7 +8,7 @@ before that place has left.
 import collections
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ _NUMPY_READERS = frozenset(
     f"{_NUMPY}{name}"
     for name in ("tril", "triu", "astype", "getitem", "reshape", "eq", "ne", "lt", "le", "gt", "ge", "invert")
 )
+# Operations that keep a number, but for its precision.
+_CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "_to_copy", "detach"})
 _RESHAPING = frozenset(
     {"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_", "as_strided_"}
 )
@@ -141,9 +143,15 @@ def _nodes(arguments: Any) -> tuple[fx.Node, ...]:
 
 
 class Writes:
-    """The in-place writers of one graph."""
+    """The in-place writers of one graph.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Args:
+        graph: the graph.
+        read_number: given a placeholder or get_attr node, the number in its tensor if nothing can change it unnoticed.
+    """
+
+    def __init__(self, graph: fx.Graph, read_number: Callable[[fx.Node], "float | None"] | None = None) -> None:
+        self._read_number = read_number
         self._position: dict[fx.Node, int] = {}
         # Storage -> nodes that write it, with the node they write through, in program order.
         self._writers: dict[int, list[tuple[fx.Node, fx.Node]]] = collections.defaultdict(list)
@@ -157,6 +165,15 @@ class Writes:
                     self._reshaped.add(storage)
                 if storage is not None:
                     self._writers[storage].append((node, written))
+
+    def number_from_outside(self, value: Any, reader: fx.Node) -> float | None:
+        """Returns the number in a tensor from outside, as `reader` sees it; None if it may change unnoticed."""
+        while isinstance(value, fx.Node) and target_name(value) in _CASTS:
+            reader, value = value, value.args[0]
+        if self._read_number is None or not isinstance(value, fx.Node) or value.op not in ("placeholder", "get_attr"):
+            return None
+        is_written = any(True for _ in self.between(value, -1, self.position(reader)))
+        return None if is_written else self._read_number(value)
 
     @staticmethod
     def storage(node: fx.Node) -> int | None:

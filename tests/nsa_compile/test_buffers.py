@@ -18,10 +18,14 @@ COVERING = SPARSE.replace(num_selected=16)
 
 
 class BufferedAttention(nn.Module):
-    """As in nanoGPT: the mask is a triangle of the longest length, of which a corner is used."""
+    """As in nanoGPT: the mask is a triangle of the longest length, of which a corner is used.
 
-    def __init__(self, mask, is_written=False):
+    With `fill`, what is filled in stands in a buffer too, as in older copies of GPT-2.
+    """
+
+    def __init__(self, mask, is_written=False, fill=None):
         super().__init__()
+        self.register_buffer("masked_bias", None if fill is None else torch.tensor(fill))
         self.project = nn.Linear(8, 24)
         self.register_buffer("bias", mask.view(1, 1, *mask.shape))
         self.is_written = is_written
@@ -32,7 +36,11 @@ class BufferedAttention(nn.Module):
         length = x.shape[1]
         query, key, value = self.project(x).view(2, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
         scores = query @ key.transpose(-2, -1) * 0.5
-        scores = scores.masked_fill(self.bias[:, :, :length, :length] == 0, float("-inf"))
+        visible = self.bias[:, :, :length, :length] != 0
+        if self.masked_bias is None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        else:
+            scores = torch.where(visible, scores, self.masked_bias.to(scores.dtype))
         return scores.softmax(-1) @ value
 
 
@@ -62,6 +70,30 @@ def test_a_triangle_in_a_buffer_is_causal(without_inductor, dtype, dynamic):
     with collect_reports() as reports:
         actual = compiled(model, fullgraph=True, dynamic=dynamic)(x)
     assert {(site.decision, site.mask) for report in reports for site in report.sites} == {("rewritten", "causal")}
+    torch.testing.assert_close(actual, model(x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_is_filled_in_may_stand_in_a_buffer(without_inductor, caplog, dynamic):
+    model, x = BufferedAttention(triangle(), fill=-1e4), torch.randn(2, LENGTH, 8)
+    function = compiled(model, SPARSE, fullgraph=True, dynamic=dynamic)
+    with collect_reports() as reports:
+        sparse = function(x)
+    assert [(site.decision, site.mask) for site in reports[-1].sites] == [("rewritten", "causal")]
+    assert not torch.allclose(sparse, model(x))
+    model.masked_bias.fill_(-1.0)
+    torch.testing.assert_close(function(x), model(x))
+    assert len(warnings_in(caplog)) == 1
+    model.masked_bias.fill_(-1e4)
+    torch.testing.assert_close(function(x), sparse)
+
+
+@pytest.mark.parametrize("fill", [-1.0, 0.0])
+def test_what_is_filled_in_and_hides_nothing_is_a_bias(without_inductor, fill):
+    model, x = BufferedAttention(triangle(), fill=fill), torch.randn(2, LENGTH, 8)
+    with collect_reports() as reports:
+        actual = compiled(model, fullgraph=True)(x)
+    assert [site.reason for report in reports for site in report.sites] == ["ADDITIVE_BIAS"]
     torch.testing.assert_close(actual, model(x))
 
 

@@ -38,8 +38,8 @@ class RewritingBackend:
             self.break_reasons.append(reason)
         sparse = copy_graph(graph_module)
         read = BufferReader(graph_module, inputs)
-        self.reports.append(rewrite_graph(graph_module, COVERING, keep_code=False, read_constant=read))
-        rewrite_graph(sparse, SPARSE, keep_code=False, read_constant=BufferReader(sparse, inputs))
+        self.reports.append(rewrite_graph(graph_module, COVERING, keep_code=False, buffers=read))
+        rewrite_graph(sparse, SPARSE, keep_code=False, buffers=BufferReader(sparse, inputs))
 
         def run(*inputs: Any) -> Any:
             return sparse(*inputs) if self.sparse else graph_module(*inputs)

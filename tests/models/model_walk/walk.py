@@ -164,4 +164,4 @@ def _one_line(error: Exception) -> str:
     """The first line of an error, without what differs from run to run."""
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else type(error).__name__
-    return re.sub(r"0x[0-9a-f]+|/\S+/", "…", text)[:90].replace("|", "/")
+    return re.sub(r"0x[0-9a-f]+|/\S+/", "…", text)[:90].replace("|", "/").strip()
