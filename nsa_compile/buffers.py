@@ -1,4 +1,4 @@
-"""Masks and their fill values kept in buffers: read when a graph is compiled, and watched for changes when it runs."""
+"""Masks and their fill values that a module keeps: read when a graph is compiled, watched for changes when it runs."""
 
 import dataclasses
 import logging
@@ -17,8 +17,9 @@ from nsa_compile.passes.sites import Scope
 
 logger = logging.getLogger(__name__)
 
-# How Dynamo names a placeholder that stands for a buffer.
+# How Dynamo names a placeholder that stands for a buffer, and one for any other attribute of the module it compiles.
 _BUFFER = re.compile(r"_buffers_")
+_ATTRIBUTE = re.compile(r"^[lL]_self(?!.*_parameters_)_")
 
 
 @dataclasses.dataclass
@@ -52,7 +53,8 @@ class BufferReader:
         if len(placeholders) != len(inputs):
             return
         for place, (node, tensor) in enumerate(zip(placeholders, inputs, strict=True)):
-            if _BUFFER.search(node.name) and _is_readable(tensor):
+            is_kept = _BUFFER.search(node.name) or (_ATTRIBUTE.search(node.name) and _is_square(tensor))
+            if is_kept and _is_readable(tensor):
                 meaning = _meaning(tensor)
                 if meaning is not None:
                     self._readable[node] = (place, tensor, meaning)
@@ -103,7 +105,7 @@ class BufferReader:
             if not is_warned:
                 is_warned = True
                 logger.warning(
-                    "A buffer that a mask was read from has been changed: this graph runs dense and uncompiled from "
+                    "A tensor of the model that a mask was read from has been changed: this graph runs dense and uncompiled from "
                     "now on.  torch._dynamo.reset() lets it be compiled anew."
                 )
             return dense(*inputs)
@@ -116,6 +118,11 @@ def _is_readable(tensor: Any) -> bool:
     if not isinstance(tensor, torch.Tensor) or isinstance(tensor, FakeTensor) or tensor.is_meta:
         return False
     return not tensor.is_inference() and not tensor.requires_grad and tensor.numel() > 0
+
+
+def _is_square(tensor: Any) -> bool:
+    """Whether a tensor may be a mask over queries and keys for all batches; others may be data that changes."""
+    return isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2] > 1
 
 
 def _meaning(tensor: torch.Tensor) -> AbstractTensor | float | None:

@@ -218,7 +218,7 @@ def test_no_graph_break_is_added(inductor):
     "failure", [KeyError("lost"), torch._subclasses.fake_tensor.UnsupportedFakeTensorException("fake")]
 )
 def test_a_failing_pass_raises_and_does_not_break_the_graph(inductor, monkeypatch, failure, caplog):
-    def fail(graph_module):
+    def fail(*_):
         raise failure
 
     monkeypatch.setattr(rewriting, "find_sites", fail)

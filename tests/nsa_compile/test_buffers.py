@@ -88,6 +88,40 @@ def test_what_is_filled_in_may_stand_in_a_buffer(without_inductor, caplog, dynam
     torch.testing.assert_close(function(x), sparse)
 
 
+def test_a_triangle_may_be_a_plain_attribute(without_inductor, caplog):
+    """As in fairseq: a square tensor that the module holds, but did not register."""
+    model, x = BufferedAttention(triangle()), torch.randn(2, LENGTH, 8)
+    del model.bias
+    model.bias = triangle().view(1, 1, 32, 32)
+    assert not list(model.buffers())
+    function = compiled(model, SPARSE, fullgraph=True)
+    with collect_reports() as reports:
+        sparse = function(x)
+    assert [(site.decision, site.mask) for site in reports[-1].sites] == [("rewritten", "causal")]
+    model.bias.fill_(True)
+    torch.testing.assert_close(function(x), model(x))
+    assert len(warnings_in(caplog)) == 1
+    model.bias = triangle().view(1, 1, 32, 32)
+    torch.testing.assert_close(function(x), sparse)
+
+
+def test_an_attribute_that_is_not_square_is_data(without_inductor):
+    class PaddedAttention(nn.Module):
+        def forward(self, query):
+            visible = self.valid[:, None, None, :] & triangle(size=LENGTH)
+            return nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=visible)
+
+    model, query = PaddedAttention(), torch.randn(2, 2, LENGTH, 4)
+    function = compiled(model, fullgraph=True)
+    for length in (LENGTH, LENGTH - 3):
+        model.valid = (torch.arange(LENGTH) < length).expand(2, -1).contiguous()
+        with collect_reports() as reports:
+            actual = function(query)
+        torch.testing.assert_close(actual, model(query))
+        assert len(reports) == (length == LENGTH)
+        assert all(site.mask == "causal, padding" for report in reports for site in report.sites)
+
+
 @pytest.mark.parametrize("fill", [-1.0, 0.0])
 def test_what_is_filled_in_and_hides_nothing_is_a_bias(without_inductor, fill):
     model, x = BufferedAttention(triangle(), fill=fill), torch.randn(2, LENGTH, 8)

@@ -148,7 +148,7 @@ def test_errors_of_the_model_are_its_own():
 
 
 def test_a_failing_pass_raises_its_own_error(monkeypatch):
-    def fail(graph_module):
+    def fail(*_):
         raise KeyError("lost")
 
     monkeypatch.setattr(rewriting, "find_sites", fail)
