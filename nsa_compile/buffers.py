@@ -105,8 +105,8 @@ class BufferReader:
             if not is_warned:
                 is_warned = True
                 logger.warning(
-                    "A tensor of the model that a mask was read from has been changed: this graph runs dense and uncompiled from "
-                    "now on.  torch._dynamo.reset() lets it be compiled anew."
+                    "A tensor of the model that a mask was read from has been changed: this graph runs dense and "
+                    "uncompiled from now on.  torch._dynamo.reset() lets it be compiled anew."
                 )
             return dense(*inputs)
 

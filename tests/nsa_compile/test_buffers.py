@@ -167,7 +167,7 @@ def test_a_changed_buffer_is_noticed(without_inductor, caplog):
     model.bias.logical_and_(triangle(-1) | torch.eye(32, dtype=torch.bool)[:1])
     for _ in range(2):
         torch.testing.assert_close(run(x), model(x))
-    assert [record.message[:8] for record in warnings_in(caplog)] == ["A buffer"]
+    assert [record.message[:8] for record in warnings_in(caplog)] == ["A tensor"]
 
 
 def test_a_buffer_that_is_loaded_with_the_same_mask_stays(without_inductor, caplog):
