@@ -13,6 +13,7 @@ import tarfile
 import textwrap
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,7 +106,9 @@ def test_source_archive_builds_the_same_wheel(source: Path, wheel: Path, tmp_pat
     archive = build("build_sdist", source, tmp_path / "sdist")
     with tarfile.open(archive) as opened:
         top = {name.split("/")[1] for name in opened.getnames() if "/" in name}
-        opened.extractall(tmp_path / "unpacked", filter="data")
+        # Python before 3.10.12 and 3.11.4 knows no filter.
+        safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        opened.extractall(tmp_path / "unpacked", **safely)
     assert top.isdisjoint({"passes", "kernels"})
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert files(build("build_wheel", unpacked, tmp_path / "dist")) == files(wheel)
