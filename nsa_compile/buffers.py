@@ -47,16 +47,17 @@ class BufferReader:
 
     def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self._graph_module = graph_module
-        self._readable: dict[fx.Node, tuple[int, torch.Tensor, AbstractTensor | float]] = {}
+        self._readable: dict[fx.Node, tuple[int, torch.Tensor, AbstractTensor | None]] = {}
         self._readings: dict[int, _Reading] = {}
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         if len(placeholders) != len(inputs):
             return
         for place, (node, tensor) in enumerate(zip(placeholders, inputs, strict=True)):
             is_kept = _BUFFER.search(node.name) or (_ATTRIBUTE.search(node.name) and _is_square(tensor))
+            # A number is fetched when a mask fills it in: buffers often hold one, and fetching waits for the device.
             if is_kept and _is_readable(tensor):
-                meaning = _meaning(tensor)
-                if meaning is not None:
+                meaning = abstract_constant(tensor) if tensor.numel() > 1 else None
+                if meaning is not None or tensor.numel() == 1:
                     self._readable[node] = (place, tensor, meaning)
 
     @property
@@ -87,6 +88,7 @@ class BufferReader:
 
     def _read(self, node: fx.Node) -> torch.Tensor:
         place, tensor, meaning = self._readable[node]
+        meaning = tensor.item() if meaning is None else meaning
         self._readings[place] = _Reading(weakref.ref(tensor), tensor._version, meaning)
         return tensor
 

@@ -1,6 +1,5 @@
 """Finds every attention in a graph, however it is spelled."""
 
-import functools
 from collections.abc import Callable
 
 from torch import fx
@@ -21,6 +20,8 @@ from nsa_compile.passes.sdpa import is_sdpa_call, read_sdpa_call
 from nsa_compile.passes.sites import AttentionSite, Reason, Rejection, Scope
 from nsa_compile.passes.softmax import is_softmax, read_exponential, read_softmax
 
+_NumberReader = Callable[[fx.Node, Scope], "float | None"]
+
 # What an attention is recognised by, and what reads it.
 _READERS = (
     (is_sdpa_call, read_sdpa_call),
@@ -33,11 +34,8 @@ _READERS = (
 )
 
 
-NumberReader = Callable[[fx.Node, Scope], "float | None"]
-
-
 def find_sites(
-    graph_module: fx.GraphModule, read_number: NumberReader | None = None
+    graph_module: fx.GraphModule, read_number: _NumberReader | None = None
 ) -> list[AttentionSite | Rejection]:
     """Finds the attentions of a graph and of the bodies of its higher-order operators.
 
@@ -53,8 +51,7 @@ def find_sites(
     found: list[AttentionSite | Rejection] = []
     transformed: dict[fx.Graph, set[fx.Node]] = {}
     for scope in walk_scopes(graph_module):
-        read = None if read_number is None else functools.partial(_read, read_number, scope)
-        writes = Writes(scope.graph_module.graph, read)
+        writes = Writes(scope.graph_module.graph, _in_scope(read_number, scope))
         for node in scope.graph_module.graph.nodes:
             for is_kind, read in _READERS:
                 if is_kind(node) and (attention := read(node, scope, writes)) is not None:
@@ -62,8 +59,8 @@ def find_sites(
     return found
 
 
-def _read(read_number: NumberReader, scope: Scope, node: fx.Node) -> float | None:
-    return read_number(node, scope)
+def _in_scope(read_number: _NumberReader | None, scope: Scope) -> Callable[[fx.Node], "float | None"] | None:
+    return None if read_number is None else lambda node: read_number(node, scope)
 
 
 def _declined_by_scope(

@@ -3,6 +3,8 @@
 The text only says where things are: it calls `attend_range`, as `flash_forward` does for eager calls, and stores the
 lse; `store_output` is where Inductor puts the store of the output, or whatever reads the output, computed on the tile.
 
+`row` and `row_stored` are for what is fused and depends on the row alone; see nsa_compile/rowwise.py.
+
 The output is laid out in memory as [B, T, H, D_v], what models want next: gates, sum, transpose and cast then run over
 the same flat index as the template's store, and so fuse under symbolic sizes too.
 

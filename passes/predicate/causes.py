@@ -27,12 +27,12 @@ def cause_of_bias(leaves: tuple[Leaf, ...], indices: AbstractSet[object]) -> Rea
     """
     outside_position = is_made_here = False
     for leaf in leaves:
-        if leaf.written_by.op == "placeholder" and not is_parameter(leaf.written_by):
+        if leaf.written_by.op == "placeholder" and not is_learned(leaf.written_by):
             return Reason.MASK_IS_INPUT if leaf.dtype.is_floating_point else Reason.ADDITIVE_BIAS
         for node in _nearest_first(leaf.written_by, leaf.scope):
             if target_name(node) in _SELECTIONS:
                 return Reason.ALREADY_SPARSE
-            if is_parameter(node):
+            if is_learned(node):
                 return Reason.LEARNED_BIAS
             is_outside = node.op in ("placeholder", "get_attr") and _is_tensor(node)
             outside_position |= is_outside
@@ -56,7 +56,7 @@ def cause_of_weights(node: fx.Node, scope: Scope) -> Reason | None:
     for each in _nearest_first(node, scope):
         if target_name(each) in _SELECTIONS:
             return Reason.ALREADY_SPARSE
-        if is_parameter(each):
+        if is_learned(each):
             return Reason.LEARNED_BIAS
     return None
 
@@ -86,7 +86,7 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(recorded_value(node), torch.Tensor)
 
 
-def is_parameter(node: fx.Node) -> bool:
+def is_learned(node: fx.Node) -> bool:
     """Whether a node is a learned parameter."""
     if isinstance(recorded_value(node), torch.nn.Parameter):
         return True

@@ -11,7 +11,7 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from nsa_compile.passes.metadata import tensor_of
-from nsa_compile.passes.predicate.causes import is_parameter
+from nsa_compile.passes.predicate.causes import is_learned
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder
 from nsa_compile.passes.predicate.interval import Interval
 from nsa_compile.passes.predicate.tensor import Leaf
@@ -48,7 +48,7 @@ def _may_be_padding(leaf: Leaf) -> bool:
     tensor = tensor_of(leaf.node)
     is_outside = leaf.written_by.op in ("placeholder", "get_attr") and not leaf.stale
     # A gradient would be lost, which padding has no use for.
-    is_fixed = not is_parameter(leaf.node) and tensor is not None and not tensor.requires_grad
+    is_fixed = not is_learned(leaf.node) and tensor is not None and not tensor.requires_grad
     return is_outside and is_fixed and bool(leaf.shape) and leaf.dtype != torch.bool and not leaf.dtype.is_complex
 
 

@@ -168,12 +168,18 @@ class Writes:
 
     def number_from_outside(self, value: Any, reader: fx.Node) -> float | None:
         """Returns the number in a tensor from outside, as `reader` sees it; None if it may change unnoticed."""
-        while isinstance(value, fx.Node) and target_name(value) in _CASTS:
-            reader, value = value, value.args[0]
-        if self._read_number is None or not isinstance(value, fx.Node) or value.op not in ("placeholder", "get_attr"):
-            return None
-        is_written = any(True for _ in self.between(value, -1, self.position(reader)))
-        return None if is_written else self._read_number(value)
+        while self._read_number is not None and isinstance(value, fx.Node):
+            tensor = tensor_of(value)
+            # A cast may be a copy or the tensor itself: neither may have been written before it is read.
+            is_written = any(True for _ in self.between(value, -1, self.position(reader)))
+            if is_written or tensor is None or not tensor.is_floating_point():
+                return None
+            if value.op in ("placeholder", "get_attr"):
+                return self._read_number(value)
+            if target_name(value) not in _CASTS:
+                return None
+            value = value.args[0]
+        return None
 
     @staticmethod
     def storage(node: fx.Node) -> int | None:

@@ -122,6 +122,38 @@ def test_an_attribute_that_is_not_square_is_data(without_inductor):
         assert all(site.mask == "causal, padding" for report in reports for site in report.sites)
 
 
+def written_itself(fill):
+    fill.add_(1e4)
+    return fill
+
+
+def written_under_another_name(fill):
+    alias = fill.to(torch.float32)
+    fill.add_(1e4)
+    return alias
+
+
+def written_as_a_copy(fill):
+    copy = fill.half()
+    copy.add_(1e4)
+    return copy.float()
+
+
+@pytest.mark.parametrize("write", [written_itself, written_under_another_name, written_as_a_copy])
+def test_what_is_filled_in_and_written_in_the_graph_is_not_read(write):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("masked_bias", torch.tensor(-1e4))
+
+        def forward(self, query):
+            fill = write(self.masked_bias)
+            return torch.where(triangle(size=LENGTH), query @ query.mT, fill).softmax(-1) @ query
+
+    (site,) = explain(Attention(), COVERING)(torch.randn(2, 2, LENGTH, 4)).sites
+    assert (site.decision, site.reason) == ("declined", "UNKNOWN_SPELLING")
+
+
 @pytest.mark.parametrize("fill", [-1.0, 0.0])
 def test_what_is_filled_in_and_hides_nothing_is_a_bias(without_inductor, fill):
     model, x = BufferedAttention(triangle(), fill=fill), torch.randn(2, LENGTH, 8)
