@@ -33,6 +33,7 @@ from torch import Tensor
 
 from nsa_compile.errors import SecondDerivativeError
 from nsa_compile.kernels import learned as _register_learned_parts  # noqa: F401  (importing registers its operators)
+from nsa_compile.kernels import requirement as _register_requirement  # noqa: F401
 from nsa_compile.kernels.attention import attention
 from nsa_compile.kernels.dispatch import implementation
 from nsa_compile.kernels.flops import register_flop_formulas

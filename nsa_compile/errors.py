@@ -57,6 +57,10 @@ class NotRewrittenError(NSAError):
     """A module with learned parts would have run dense: its attention was not, or cannot be, rewritten."""
 
 
+class RequirementError(NSAError, RuntimeError):
+    """A rewritten graph got inputs for which the rewrite is not right, such as soft weights where padding is 0 or 1."""
+
+
 class UnsupportedGraphError(NSAError):
     """What was given to `rewrite` is not a graph that the passes can read."""
 

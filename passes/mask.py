@@ -5,7 +5,7 @@ query i and key j with symbolic sizes and data left open, and reads the formula 
 less padding (nsa.md).  What it accepts holds for every size and every value; nothing is run and nothing is guessed.
 
 Padding is often written as `(1 - mask) * -10000`, which hides keys only if the mask from outside holds 0 and 1 alone.
-That is data, so it is not proved but checked: the interval's nodes include an assertion.
+That is data, so it is not proved but checked, by an operator among the interval's nodes.
 
 What it takes for granted, because no graph can show it: 32- and 64-bit integers do not overflow; positions are below
 2**24, where float32 holds every integer; a bias of at most `MASKED_BELOW` hides a key, as models mean it; in a
@@ -33,7 +33,7 @@ from nsa_compile.passes.predicate.formula import compare, conjunction, disjuncti
 from nsa_compile.passes.predicate.graph_builder import GraphBuilder, HeldSizes
 from nsa_compile.passes.predicate.interpreter import ConstantReader, Interpreter
 from nsa_compile.passes.predicate.interval import Interval, Limit, Refusal, Sizes, read_interval
-from nsa_compile.passes.predicate.suppositions import are_padding, check_binary, doubted
+from nsa_compile.passes.predicate.suppositions import are_padding, doubted, require_binary
 from nsa_compile.passes.predicate.tensor import KEY, QUERY, Leaf, number_expression, size_expression
 from nsa_compile.passes.predicate.terms import TRUE, Formula, UnknownError, expressions
 from nsa_compile.passes.predicate.words import text
@@ -254,7 +254,8 @@ class MaskProver:
         while level.graph_module is not home.graph_module and level.parent is not None:
             anchor, level = level.calls[0], level.parent
         held = self._held_sizes(home)
-        missing = [size for size in sizes_needed(result, sizes) if not held.can_compute(size, anchor)]
+        needed = sizes_needed(result, sizes) | ({sizes.keys} if self._binary else set())
+        missing = [size for size in needed if not held.can_compute(size, anchor)]
         if missing:
             sentence = f"Nothing before the attention holds the size {missing[0]}, which the mask needs."
             return Rejection(Reason.MASK_NOT_PROVED, sentence, mask_nodes)
@@ -293,9 +294,9 @@ class MaskProver:
             return builder.snapshot(leaf.node, leaf.written_by) if overwritten else leaf.node
 
         read = functools.cache(read)
-        for leaf in map(self._interpreter.leaf, sorted(visible.binary)):
-            check_binary(leaf, builder, read, attention)
-        return emit(visible.interval, visible.sizes, builder, read, self._interpreter.leaf)
+        binary = map(self._interpreter.leaf, sorted(visible.binary))
+        required = [require_binary(leaf, builder, read, attention) for leaf in binary]
+        return emit(visible.interval, visible.sizes, builder, read, self._interpreter.leaf, required)
 
 
 def sizes_of(site: AttentionSite) -> Sizes:

@@ -4,7 +4,7 @@ What is written is linear in the length: `[B|1, T]` for the ends, `[B, S]` for t
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sympy
 import torch
@@ -25,7 +25,7 @@ class EmittedInterval:
     Attributes:
         first_key: `[B|1, T]` int32, or None for 0.
         last_key: `[B|1, T]` int32, or None for the query's own place (`is_causal`) or S − 1.
-        key_valid: `[B, S]` bool, or None where every key is valid.
+        key_valid: `[B|1, S]` bool, or None where every key is valid.
         is_causal: whether a missing `last_key` means the query's own place.
     """
 
@@ -77,6 +77,7 @@ def emit(
     builder: GraphBuilder,
     read: Callable[[Leaf], fx.Node],
     leaf: Callable[[str], Leaf],
+    required: Sequence[fx.Node] = (),
 ) -> EmittedInterval:
     """Adds the nodes that compute an interval.
 
@@ -86,6 +87,8 @@ def emit(
         builder: where to add nodes.
         read: gives a node that holds a leaf's values at the place where nodes are added.
         leaf: finds a leaf by its function's name.
+        required: bools of rank 0 that are true wherever the interval is right; the padding vector is made of them too,
+            so that the attention reads them.
     """
     over_queries = Positions(builder, sizes, QUERY, read, leaf)
     over_keys = Positions(builder, sizes, KEY, read, leaf)
@@ -108,6 +111,11 @@ def emit(
             last_key = over_queries.whole(over_queries.size(sizes.keys - 1))
         last_key = builder.call("where", seeing, last_key, builder.scalar(-1, torch.int32))
     key_valid = over_keys.whole(over_keys.formula(And(interval.keys)), batch=True) if interval.keys else None
+    for condition in required:
+        if key_valid is None:
+            key_valid = builder.contiguous(builder.expand(condition, sympy.Integer(1), sizes.keys))
+        else:
+            key_valid = builder.call("logical_and", key_valid, condition)
     return EmittedInterval(first_key, last_key, key_valid, plain)
 
 

@@ -23,7 +23,6 @@ from nsa_compile.passes.predicate.terms import arguments_of
 _ATEN: dict[str, Any] = {
     "abs": torch.ops.aten.abs.default,
     "add": torch.ops.aten.add.Tensor,
-    "all": torch.ops.aten.all.default,
     "arange": torch.ops.aten.arange.start,
     "broadcast_to": torch.ops.aten.broadcast_to.default,
     "clamp": torch.ops.aten.clamp.default,
@@ -149,10 +148,13 @@ class GraphBuilder:
             return node
         return self._add(torch.ops.aten.to.dtype if self._is_exported else torch.Tensor.to, (node, dtype), {})
 
-    def check(self, condition: fx.Node, message: str) -> None:
-        """Adds an error where a condition, a bool of rank 0, does not hold when the graph runs."""
-        # The operator in every dialect: caches do not take torch's function, whose name is private.
-        self._emitter.call(torch.ops.aten._assert_async.msg, (condition, message), {}, None)
+    def require_binary(self, node: fx.Node, message: str) -> fx.Node:
+        """Adds an error where a tensor does not hold 0 and 1 alone when the graph runs.
+
+        Returns:
+            A bool of rank 0, true where there is no error; what nobody reads may be dropped.
+        """
+        return self._add(torch.ops.nsa.require_binary.default, (node, message), {})
 
     def contiguous(self, node: fx.Node) -> fx.Node:
         """The tensor, contiguous."""

@@ -58,12 +58,14 @@ def are_padding(names: frozenset[str], interval: Interval) -> bool:
     return names <= {application.func.__name__ for part in parts for application in part.atoms(AppliedUndef)}
 
 
-def check_binary(leaf: Leaf, builder: GraphBuilder, read: Callable[[Leaf], fx.Node], attention: str) -> None:
-    """Adds nodes that raise an error, when the graph runs, unless data holds 0 and 1 alone (NaN is neither)."""
-    values = read(leaf)
-    is_binary = builder.call("logical_or", builder.call("eq", values, 0), builder.call("eq", values, 1))
-    builder.check(
-        builder.call("all", is_binary),
+def require_binary(leaf: Leaf, builder: GraphBuilder, read: Callable[[Leaf], fx.Node], attention: str) -> fx.Node:
+    """Adds a node that raises an error, when the graph runs, unless data holds 0 and 1 alone (NaN is neither).
+
+    Returns:
+        A bool of rank 0, true where there is no error; what supposes so has to read it.
+    """
+    return builder.require_binary(
+        read(leaf),
         f"nsa_compile has put NSA in the place of {attention}, whose mask {leaf.name} is padding only if it holds "
         f"0 and 1 alone; now it holds something else. Pass 0 and 1, or a bool mask, or leave this model dense.",
     )
