@@ -3,7 +3,7 @@
 The model is SmolLM2-135M-Instruct (see quickstart.py), the text the sources of installed packages, some of which are
 held out.  The table has the negative log-likelihood on held-out text of the dense model, of joint mode, which needs no
 training, and of gated NSA before and after training; and, since training also teaches the model this kind of text, of
-the dense model after the same steps.
+the dense model after the same steps.  `dense_to_native.txt` in the folder `--out` is the table as far as it has come.
 """
 
 import argparse
@@ -42,9 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     progress(f"{len(text.training):,} tokens for training, {len(text.held_out)} sequences held out")
 
     results: dict[str, float] = {}
+    options.out.mkdir(parents=True, exist_ok=True)
 
     def note(name: str, compiled: Any) -> None:
         results[name] = evaluate(compiled, text.held_out, options.device)
+        (options.out / "dense_to_native.txt").write_text(table(results, options))
         progress(f"{name}: {results[name]:.4f}")
 
     model.base_model.compile(backend=backend_for(None, options.eager), dynamic=False)
@@ -80,6 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-selected", type=int, default=16)
     parser.add_argument("--no-control", dest="control", action="store_false", help="do not train the dense model too")
     parser.add_argument("--eager", action="store_true", help="run the graphs as they are, without Inductor")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the table")
     parser.add_argument("--model", type=Path, help="a GGUF file, or a folder that transformers can load")
     options = parser.parse_args(arguments)
     is_gpu = torch.device(options.device).type == "cuda"
@@ -134,6 +137,7 @@ def train(model: Any, text: Text, options: argparse.Namespace) -> None:
     schedules = [optimizer_for(own, options.learning_rate, options.steps)]
     if len(learned):
         schedules.append(optimizer_for(learned, options.learned_rate, options.steps))
+    progress(f"training {options.steps} steps; the first one compiles")
     for step in range(options.steps):
         losses = []
         for sequence in text.batch(step).to(options.device):
@@ -145,7 +149,7 @@ def train(model: Any, text: Text, options: argparse.Namespace) -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 25 == 0 or step + 1 == options.steps:
+        if step == 0 or (step + 1) % 25 == 0 or step + 1 == options.steps:
             progress(f"step {step + 1}: loss {torch.stack(losses).mean().item():.4f}")
 
 
@@ -168,7 +172,7 @@ def table(results: dict[str, float], options: argparse.Namespace) -> str:
     for name, value in results.items():
         dense = results.get(name.replace("gated", "dense"), results["dense"])
         lines.append(f"{name:<52}{value:>10.4f}{value - dense:>14.4f}")
-    return "\n".join(["", *lines])
+    return "\n".join(["", *lines, ""])
 
 
 if __name__ == "__main__":

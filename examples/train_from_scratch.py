@@ -3,16 +3,17 @@
 Both runs share the seed, the text, the order and the optimizer; the second model has learned parts attached.  Shown are
 the losses on held-out files, how often a key is retrieved at every depth of the context, and the speed of training.
 `python examples/train_from_scratch.py --out results` writes `results/train_from_scratch.json` and, with matplotlib,
-`train_from_scratch.png`.  On a CPU a toy of the same form runs.
+`train_from_scratch.png`, both anew after each stage.  Two processes with `--only dense` and `--only NSA` fill the same
+file, one after the other.  On a CPU a toy of the same form runs.
 """
 
 import argparse
 import dataclasses
-import json
+import functools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from native_training.charts import draw_comparison
 from native_training.corpus import PACKAGES, token_stream, train_tokenizer
 from native_training.facts import plant, retrieval_rates
 from native_training.model import Decoder, ModelConfig
+from native_training.outcomes import Outcome, OutcomeFile, table
 from native_training.training import backend_for, likeliest, next_token_loss, optimizer_for, progress
 from torch import Tensor, nn
 
@@ -33,31 +35,8 @@ TOY = dataclasses.replace(
 )
 
 
-# Options that are part of the conditions of a measurement.
-_CONDITIONS = ("tokens", "batch", "steps", "learning_rate", "facts", "log", "seed")
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What one run gives.
-
-    Attributes:
-        parameters: their number.
-        losses: mean training loss of every `--log` steps, nats per token.
-        validation: step -> loss on held-out files, nats per token.
-        tokens_per_second: of training, without compilation and validation.
-        memory: largest amount allocated on the GPU, GiB; 0 on a CPU.
-        retrieved: rate of keys retrieved, for each length and depth.
-        step_times: T -> median time of a training step of one sequence, ms.
-    """
-
-    parameters: int
-    losses: list[float] = dataclasses.field(default_factory=list)
-    validation: dict[int, float] = dataclasses.field(default_factory=dict)
-    tokens_per_second: float = 0.0
-    memory: float = 0.0
-    retrieved: list[list[float]] = dataclasses.field(default_factory=list)
-    step_times: dict[int, float] = dataclasses.field(default_factory=dict)
+# Options that outcomes depend on; those that are compared have them in common.
+_CONDITIONS = ("tokens", "batch", "steps", "learning_rate", "facts", "log", "samples", "eager", "seed")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
@@ -67,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
         arguments: command line; that of the process by default.
 
     Returns:
-        The outcomes, "dense" and "NSA".
+        The outcomes, "dense" and "NSA"; with `--only`, also that of an earlier process in the same folder.
     """
     options = parse(arguments)
+    file = OutcomeFile(options.out, conditions(options))
     progress("training a tokenizer")
     tokenizer = train_tokenizer(options.model.vocabulary, options.tokenizer_characters, options.packages)
     data = Data(tokenizer, options)
     progress(f"{len(data.training):,} tokens for training, {len(data.held_out):,} held out")
-    outcomes = {}
     for name in options.only or ("dense", "NSA"):
         torch.manual_seed(options.seed)
         model = Decoder(options.model).to(options.device)
@@ -82,11 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
             attach(model, options.config, data.training[: options.tokens][None].to(options.device), start="scratch")
         config = options.config if name == "NSA" else None
         model.compile(backend=backend_for(config, options.eager), dynamic=False)
-        outcomes[name] = Run(name, model, data, options).outcome()
+        for stage in Run(name, model, data, options, functools.partial(file.write, name)).stages():
+            picture = draw_comparison(file.path)
+            progress(f"{name}: {stage}; see {file.path}" + (f" and {picture.name}" if picture else ""))
         torch.compiler.reset()
-    save(outcomes, options)
-    print(table(outcomes))
-    return outcomes
+    print(table(file.outcomes))
+    return file.outcomes
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -175,19 +155,33 @@ class Run:
         model: compiled, its learned parts attached.
         data: the data.
         options: what `parse` returned.
+        keep: called whenever there is more in the outcome.
     """
 
-    def __init__(self, name: str, model: Decoder, data: Data, options: argparse.Namespace) -> None:
-        self._name, self._model, self._data, self._options = name, model, data, options
+    def __init__(
+        self, name: str, model: Decoder, data: Data, options: argparse.Namespace, keep: Callable[[Outcome], None]
+    ) -> None:
+        self._name, self._model, self._data, self._options, self._keep = name, model, data, options, keep
         self._optimizer, self._scheduler = optimizer_for(model, options.learning_rate, options.steps)
         self._outcome = Outcome(sum(parameter.numel() for parameter in model.parameters()))
 
-    def outcome(self) -> Outcome:
-        """Trains, validates, asks for keys, and times steps."""
+    def stages(self) -> Iterator[str]:
+        """Trains and validates, asks for keys, and times steps.
+
+        Yields:
+            What was done; the outcome so far is kept.
+        """
         self._train()
+        self._keep(self._outcome)
+        yield "trained"
         self._outcome.retrieved = self._retrieve()
-        self._outcome.step_times = {tokens: self._step_time(tokens) for tokens in self._options.time_at}
-        return self._outcome
+        self._keep(self._outcome)
+        yield "keys retrieved"
+        # Long sequences are what sparse attention is for, and each length takes long to compile.
+        for tokens in sorted(self._options.time_at, reverse=True):
+            self._outcome.step_times[tokens] = self._step_time(tokens)
+            self._keep(self._outcome)
+            yield f"steps of {tokens:,} tokens timed"
 
     def _train(self) -> None:
         options, outcome = self._options, self._outcome
@@ -195,9 +189,12 @@ class Run:
         trained = 0.0
         if options.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
+        progress(f"{self._name}: training {outcome.parameters / 1e6:.1f} million parameters; the first step compiles")
         for step in range(options.steps):
             start = time.perf_counter()
             recent.append(self._step(self._data.batch(step)))
+            if step == 0:
+                progress(f"{self._name}: step 1, loss {recent[0].item():.4f}")
             if (step + 1) % options.log == 0 or step + 1 == options.steps:
                 outcome.losses.append(torch.stack(recent).mean().item())
                 recent.clear()
@@ -205,6 +202,7 @@ class Run:
             trained += time.perf_counter() - start if step >= options.log else 0.0
             if (step + 1) % (10 * options.log) == 0 or step + 1 == options.steps:
                 outcome.validation[step + 1] = self._validate()
+                self._keep(outcome)
                 progress(
                     f"{self._name}: step {step + 1}, loss {outcome.losses[-1]:.4f}, held out "
                     f"{outcome.validation[step + 1]:.4f}"
@@ -267,51 +265,15 @@ class Run:
         return statistics.median(times[3:])
 
 
-def save(outcomes: dict[str, Outcome], options: argparse.Namespace) -> None:
-    """Writes the outcomes and the conditions, and a picture where matplotlib is installed."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    conditions = {
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns what has to be the same for two runs to be compared."""
+    return {
         "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
         "torch": torch.__version__,
         "model": dataclasses.asdict(options.model),
         "config": dataclasses.asdict(options.config),
-        **{
-            name: getattr(options, name)
-            for name in ("tokens", "batch", "steps", "learning_rate", "facts", "log", "seed")
-        },
+        **{name: getattr(options, name) for name in _CONDITIONS},
     }
-    written = {
-        "conditions": conditions,
-        "outcomes": {name: dataclasses.asdict(each) for name, each in outcomes.items()},
-    }
-    path = options.out / "train_from_scratch.json"
-    path.write_text(json.dumps(written, indent=1))
-    progress(f"wrote {path}")
-    picture = draw_comparison(path)
-    progress(f"wrote {picture}" if picture else "no picture: matplotlib is not installed")
-
-
-def table(outcomes: dict[str, Outcome]) -> str:
-    """Lays the outcomes out side by side."""
-
-    def mean(rates: list[list[float]]) -> float:
-        return statistics.fmean(rate for row in rates for rate in row)
-
-    rows: list[tuple[str, Callable[[Outcome], str]]] = [
-        ("parameters, millions", lambda each: f"{each.parameters / 1e6:.1f}"),
-        ("loss on held-out files", lambda each: f"{list(each.validation.values())[-1]:.4f}"),
-        ("keys retrieved, all depths", lambda each: f"{100 * mean(each.retrieved):.1f} %"),
-        ("tokens per second in training", lambda each: f"{each.tokens_per_second:,.0f}"),
-        ("GPU memory, GiB", lambda each: f"{each.memory:.2f}"),
-    ]
-    lengths = sorted({tokens for each in outcomes.values() for tokens in each.step_times})
-    rows += [
-        (f"forward and backward, {tokens:,} tokens, ms", lambda each, tokens=tokens: f"{each.step_times[tokens]:.1f}")
-        for tokens in lengths
-    ]
-    lines = [f"{'':<44}" + "".join(f"{name:>14}" for name in outcomes)]
-    lines += [f"{title:<44}" + "".join(f"{read(each):>14}" for each in outcomes.values()) for title, read in rows]
-    return "\n".join(["", *lines])
 
 
 if __name__ == "__main__":

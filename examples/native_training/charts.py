@@ -7,7 +7,7 @@ from typing import Any
 
 
 def draw_comparison(path: Path) -> Path | None:
-    """Draws loss curves, and a map of the keys retrieved for each run.
+    """Draws loss curves, and for each run that has asked for keys a map of those retrieved.
 
     Args:
         path: the JSON file that `train_from_scratch.py` wrote.
@@ -20,7 +20,9 @@ def draw_comparison(path: Path) -> Path | None:
         return None
     written = json.loads(path.read_text())
     conditions, outcomes = written["conditions"], written["outcomes"]
-    figure, axes = plt.subplots(1, 1 + len(outcomes), figsize=(6 + 4 * len(outcomes), 4), layout="constrained")
+    asked = {name: outcome["retrieved"] for name, outcome in outcomes.items() if outcome["retrieved"]}
+    figure, grid = plt.subplots(1, 1 + len(asked), figsize=(6 + 4 * len(asked), 4), layout="constrained", squeeze=False)
+    axes = grid[0]
     for name, outcome in outcomes.items():
         steps = [conditions["log"] * (i + 1) for i in range(len(outcome["losses"]))]
         (line,) = axes[0].plot(steps, outcome["losses"], alpha=0.4, label=f"{name}, training")
@@ -28,8 +30,7 @@ def draw_comparison(path: Path) -> Path | None:
         axes[0].plot(list(validation), list(validation.values()), color=line.get_color(), label=f"{name}, held out")
     axes[0].set(xlabel="step", ylabel="loss, nats per token", title=f"{conditions['tokens']:,} tokens of context")
     axes[0].legend()
-    for place, (name, outcome) in zip(axes[1:], outcomes.items(), strict=True):
-        rates = outcome["retrieved"]
+    for place, (name, rates) in zip(axes[1:], asked.items(), strict=True):
         lengths = [conditions["tokens"] * (i + 1) // len(rates) for i in range(len(rates))]
         image = place.imshow(list(zip(*rates, strict=True)), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         place.set(xlabel="context, tokens", ylabel="depth of the key", title=f"{name}: keys retrieved")

@@ -65,7 +65,8 @@ def next_token_loss(
         sequences: `[B, T + 1]`.
     """
     with autocast(sequences.device):
-        states = decode(sequences[:, :-1])
+        # In strides as the tokens of `likeliest` have: for others `decode` would be compiled anew.
+        states = decode(sequences[:, :-1].clone(memory_format=torch.contiguous_format))
         parts = zip(states.split(_CHUNK, 1), sequences[:, 1:].split(_CHUNK, 1), strict=True)
         total = torch.stack([_summed_loss(project(part), wanted) for part, wanted in parts]).sum()
     return total / sequences[:, 1:].numel()
