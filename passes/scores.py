@@ -26,6 +26,7 @@ from nsa_compile.passes.parts import FactorPart, MaskPart, Problem
 from nsa_compile.passes.predicate.additive import MASKED_BELOW
 from nsa_compile.passes.predicate.writes import Writes
 from nsa_compile.passes.sites import MaskKind, Reason
+from nsa_compile.passes.two_products import two_products, vagueness
 from nsa_compile.passes.views import back_through, broadcast_dimensions
 
 
@@ -130,10 +131,9 @@ class ScoreReader:
         if len(read) == 1:
             return read[0]
         if read:
-            sentence = f"{node} joins two products: a position-dependent bias is part of the scores."
-            return Problem(Reason.LEARNED_BIAS, sentence, (node,))
+            return two_products(node, [scores.product for scores in read], self._keys)
         problems = [attempt for attempt in attempts if isinstance(attempt, Problem)]
-        return min(problems, key=lambda problem: problem.reason is Reason.UNKNOWN_SPELLING)
+        return min(problems, key=vagueness)
 
     def _finish(self, state: _State) -> Scores | Problem:
         product = read_contraction(state.node)

@@ -310,6 +310,22 @@ DECLINED = {
         Reason.LEARNED_BIAS,
         lambda q, k, v: plain(q @ k.mT + q @ torch.arange(T * D).view(T, D).float().mT, v),
     ),
+    "keys-in-two-parts": (
+        Reason.UNKNOWN_SPELLING,
+        lambda q, k, v: plain((q @ k.mT + q[..., :2] @ k[:, :1, :, 2:4].mT) * S, v),
+    ),
+    "keys-in-two-parts-and-a-mask-like-scores": (
+        Reason.UNKNOWN_SPELLING,
+        lambda q, k, v: (
+            (torch.cat([torch.zeros(B, H, T, 1), torch.full((B, H, T, T - 1), -torch.inf).triu()], -1)
+             + (q @ k.mT + (q * 2) @ (k * 3).mT)).softmax(-1)
+            @ v
+        ),
+    ),
+    "lower-triangle": (
+        Reason.UNKNOWN_SPELLING,
+        lambda q, k, v: (scores := (q @ k.mT).tril()).masked_fill(scores == 0, -torch.inf).softmax(-1) @ v,
+    ),
     "powers": (Reason.UNKNOWN_SPELLING, lambda q, k, v: plain((q @ k.mT).pow(3), v)),
     "partial-write": (Reason.UNKNOWN_SPELLING, with_partial_write),
     "late-write": (Reason.UNKNOWN_SPELLING, with_late_write),
