@@ -12,8 +12,12 @@ from nsa_compile.passes.predicate.tensor import H_INDEX, KEY, QUERY, Leaf
 from nsa_compile.passes.predicate.writes import target_name
 from nsa_compile.passes.sites import Reason, Scope
 
-# Operations that pick keys by score.
+# Operations that pick keys by score, and those that draw numbers.
 _SELECTIONS = frozenset({"topk", "kthvalue", "sort", "argsort", "msort"})
+_NOISES = frozenset(
+    {"rand", "randn", "rand_like", "randn_like", "normal", "bernoulli"}
+    | {f"{name}_" for name in ("uniform", "normal", "log_normal", "exponential", "cauchy", "geometric", "bernoulli")}
+)
 # The cause is near the mask: further back lies the whole model.
 _FARTHEST = 300
 
@@ -32,6 +36,8 @@ def cause_of_bias(leaves: tuple[Leaf, ...], indices: AbstractSet[object]) -> Rea
         for node in _nearest_first(leaf.written_by, leaf.scope):
             if target_name(node) in _SELECTIONS:
                 return Reason.ALREADY_SPARSE
+            if target_name(node) in _NOISES:
+                return Reason.ADDITIVE_BIAS
             if is_learned(node):
                 return Reason.LEARNED_BIAS
             is_outside = node.op in ("placeholder", "get_attr") and _is_tensor(node)

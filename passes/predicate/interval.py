@@ -269,8 +269,12 @@ class _Reader:
             return Refusal(Reason.BIDIRECTIONAL, "nothing in the mask keeps a query from the keys after itself")
         for ends in at_ends:
             if all(is_positive(replaced(bound.position - ahead, ends), self.sizes.ranges) for bound in causal):
-                sentence = f"queries see keys after themselves: j ≤ {text(causal[0].position)}"
-                return Refusal(Reason.BIDIRECTIONAL, sentence)
+                mask = f"j ≤ {text(causal[0].position)}"
+                if is_positive(self.sizes.queries - self.sizes.keys, self.sizes.ranges):
+                    # Which key stands where among the queries, no mask tells.
+                    sentence = f"there are fewer keys than queries, which have none of their own: {mask}"
+                    return Refusal(Reason.CROSS_ATTENTION, sentence)
+                return Refusal(Reason.BIDIRECTIONAL, f"queries see keys after themselves: {mask}")
         return None
 
     def _is_implied(self, bound: Bound) -> bool:

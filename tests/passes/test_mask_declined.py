@@ -360,3 +360,46 @@ def test_a_second_cross_attention_is_told_from_an_encoder():
 
     report = explain(Decoder(), NSAConfig(min_keys=0))(torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4))
     assert [site.reason for site in report.sites] == ["CROSS_ATTENTION"] * 2
+
+
+NOISES = {
+    "added": lambda scores: scores + 0.1 * torch.randn_like(scores),
+    "uniform, of one row": lambda scores: scores + torch.rand(scores.shape[-1]),
+    "of Gumbel": lambda scores: scores - torch.empty_like(scores).exponential_().log(),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_is_no_bias_by_position_and_not_learned(name):
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = torch.nn.Linear(12, 36)
+
+        def forward(self, x):
+            query, key, value = self.qkv(x).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+            return (NOISES[name](query @ key.mT) + additive(causal(query, key))).softmax(-1) @ value
+
+    (site,) = explain(Noisy(), NSAConfig(min_keys=0))(torch.randn(2, 7, 12)).sites
+    assert site.reason == "ADDITIVE_BIAS"
+
+
+SUBSAMPLED = {
+    "nothing hidden": (lambda i, j: i + j >= 0, "BIDIRECTIONAL"),
+    "in order of the tokens": (lambda i, j: 2 * j <= i, "CROSS_ATTENTION"),
+    "in order of the keys": (lambda i, j: j <= i, "CROSS_ATTENTION"),
+}
+
+
+@pytest.mark.parametrize("name", SUBSAMPLED)
+def test_keys_of_every_second_token_are_no_keys_of_the_queries_own(name):
+    """Where key j stands among the queries is not told by the mask; that all are seen is."""
+    allowed, reason = SUBSAMPLED[name]
+
+    def attend(query, key, value):
+        key, value = key[:, :, ::2], value[:, :, ::2]
+        mask = allowed(*places(query, key))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+
+    (site,) = explain(attend, NSAConfig(min_keys=0))(*torch.randn(3, 2, 3, 8, 4)).sites
+    assert site.reason == reason
