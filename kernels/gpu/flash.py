@@ -105,6 +105,17 @@ def tile_bounds(low, high, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def short_step(step, initial_end, loop_start, initial_high, low, high):
+    """Where a step of the one loop over a short range starts, and which keys count there: the initial ones come first.
+
+    A loop of its own for each part of a range of some blocks would wait for memory anew in each.
+    """
+    is_initial = step < initial_end
+    start = tl.where(is_initial, step, loop_start + step - initial_end)
+    return start, tl.where(is_initial, 0, low), tl.where(is_initial, initial_high, high)
+
+
+@triton.jit
 def output_dot_gradient(
     output_ptr, grad_ptr, delta_ptr, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -154,7 +165,7 @@ def flash_query_gradient(
     GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, IS_SHORT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries for BLOCK_M tokens of one head."""
@@ -184,30 +195,39 @@ def flash_query_gradient(
     valid_base = valid_ptr + batch.to(tl.int64) * N
 
     accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_INITIAL:
-        initial_high = tl.where(last >= first, tl.minimum(initial, low), 0) - 1
-        for start in range(0, tl.max(initial_high) + 1, BLOCK_N):
-            accumulator = query_gradient_step(
-                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, rows * 0,
-                initial_high, N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True,
-                PRECISION,
-            )  # fmt: skip
+    initial_high = tl.where(last >= first, tl.minimum(initial if HAS_INITIAL else 0, low), 0) - 1
     loop_start, full_start, full_end, loop_end = tile_bounds(low, high, BLOCK_N)
-    for start in range(loop_start, full_start, BLOCK_N):
-        accumulator = query_gradient_step(
-            accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
-            N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
-        )  # fmt: skip
-    for start in range(full_start, full_end, BLOCK_N):
-        accumulator = query_gradient_step(
-            accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
-            N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, PRECISION,
-        )  # fmt: skip
-    for start in range(full_end, loop_end, BLOCK_N):
-        accumulator = query_gradient_step(
-            accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
-            N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
-        )  # fmt: skip
+    initial_end = (tl.max(initial_high) + BLOCK_N) // BLOCK_N * BLOCK_N
+    if IS_SHORT:
+        for step in range(0, initial_end + loop_end - loop_start, BLOCK_N):
+            start, step_low, step_high = short_step(step, initial_end, loop_start, initial_high, low, high)
+            accumulator = query_gradient_step(
+                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, step_low, step_high,
+                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
+            )  # fmt: skip
+    else:
+        if HAS_INITIAL:
+            for start in range(0, initial_end, BLOCK_N):
+                accumulator = query_gradient_step(
+                    accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, rows * 0,
+                    initial_high, N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID,
+                    True, PRECISION,
+                )  # fmt: skip
+        for start in range(loop_start, full_start, BLOCK_N):
+            accumulator = query_gradient_step(
+                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
+                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
+            )  # fmt: skip
+        for start in range(full_start, full_end, BLOCK_N):
+            accumulator = query_gradient_step(
+                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
+                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, PRECISION,
+            )  # fmt: skip
+        for start in range(full_end, loop_end, BLOCK_N):
+            accumulator = query_gradient_step(
+                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
+                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
+            )  # fmt: skip
     accumulator *= scale
 
     columns = tl.arange(0, BLOCK_D)
@@ -307,7 +327,8 @@ def flash_key_gradient(
     SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_BASE: tl.constexpr, INITIAL_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_BASE: tl.constexpr, INITIAL_ONLY: tl.constexpr, IS_SHORT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of keys and values, summed over HEADS query heads and one of `query_splits` token ranges.
 
@@ -356,32 +377,49 @@ def flash_key_gradient(
     end = tl.minimum(start + share, end)
     full_start = tl.minimum(tl.maximum(full_start, start), end)
     full_end = tl.minimum(tl.maximum(full_end, full_start), end)
-    for index in range(HEADS):
-        head = kv_head * GROUP + head_split * HEADS + index
-        query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-        grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-        rows = (batch * H + head).to(tl.int64) * T
-        for tile_start in range(start, full_start, BLOCK_M):
+    first_head = kv_head * GROUP + head_split * HEADS
+    if IS_SHORT:
+        # One loop over the heads' tiles: each has few, and would wait for memory anew in a loop of its own.
+        tiles = (end - start) // BLOCK_M
+        for step in range(HEADS * tiles):
+            head = first_head + step // tiles
+            query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+            grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+            rows = (batch * H + head).to(tl.int64) * T
+            tile_start = start + step % tiles * BLOCK_M
             grad_key, grad_value = key_gradient_step(
                 grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows, first_ptr,
                 last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2,
                 stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, IS_CAUSAL,
                 HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
             )  # fmt: skip
-        for tile_start in range(full_start, full_end, BLOCK_M):
-            grad_key, grad_value = key_gradient_step(
-                grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows, first_ptr,
-                last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2,
-                stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, IS_CAUSAL,
-                HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, False, PRECISION,
-            )  # fmt: skip
-        for tile_start in range(full_end, end, BLOCK_M):
-            grad_key, grad_value = key_gradient_step(
-                grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows, first_ptr,
-                last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2,
-                stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, IS_CAUSAL,
-                HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
-            )  # fmt: skip
+    else:
+        for index in range(HEADS):
+            head = first_head + index
+            query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+            grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+            rows = (batch * H + head).to(tl.int64) * T
+            for tile_start in range(start, full_start, BLOCK_M):
+                grad_key, grad_value = key_gradient_step(
+                    grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows,
+                    first_ptr, last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial,
+                    scale_log2, stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, IS_CAUSAL, HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
+                )  # fmt: skip
+            for tile_start in range(full_start, full_end, BLOCK_M):
+                grad_key, grad_value = key_gradient_step(
+                    grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows,
+                    first_ptr, last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial,
+                    scale_log2, stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, IS_CAUSAL, HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, False, PRECISION,
+                )  # fmt: skip
+            for tile_start in range(full_end, end, BLOCK_M):
+                grad_key, grad_value = key_gradient_step(
+                    grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows,
+                    first_ptr, last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial,
+                    scale_log2, stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV,
+                    BLOCK_M, IS_CAUSAL, HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
+                )  # fmt: skip
 
     split = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * key_limit
     tl.store(

@@ -7,7 +7,7 @@ and the template (templates.py) that Inductor generates a kernel from, with what
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.gpu.flash import key_range, load_tile, tile_bounds, token_interval, visible_keys
+from nsa_compile.kernels.gpu.flash import key_range, load_tile, short_step, tile_bounds, token_interval, visible_keys
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def attend_range(
     GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_BASE: tl.constexpr,
-    LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, IS_SHORT: tl.constexpr,
+    HAS_BASE: tl.constexpr, LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output [BLOCK_M, BLOCK_DV] float32 and natural-log lse [BLOCK_M] of one tile of tokens of one query head.
 
@@ -82,33 +82,43 @@ def attend_range(
         maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    if HAS_INITIAL:
-        initial_high = tl.where(last >= first, tl.minimum(initial, low), 0) - 1
-        for start in range(0, tl.max(initial_high) + 1, BLOCK_N):
-            accumulator, maximum, total = forward_step(
-                accumulator, maximum, total, query, key_base, value_base, valid_base, start, rows * 0, initial_high, N,
-                scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
-            PRECISION,
-            )  # fmt: skip
+    initial_high = tl.where(last >= first, tl.minimum(initial if HAS_INITIAL else 0, low), 0) - 1
     loop_start, full_start, full_end, loop_end = tile_bounds(low, high, BLOCK_N)
-    for start in range(loop_start, full_start, BLOCK_N):
-        accumulator, maximum, total = forward_step(
-            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
-            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
-            PRECISION,
-        )  # fmt: skip
-    for start in range(full_start, full_end, BLOCK_N):
-        accumulator, maximum, total = forward_step(
-            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
-            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, LSE_ONLY,
-            PRECISION,
-        )  # fmt: skip
-    for start in range(full_end, loop_end, BLOCK_N):
-        accumulator, maximum, total = forward_step(
-            accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
-            scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
-            PRECISION,
-        )  # fmt: skip
+    initial_end = (tl.max(initial_high) + BLOCK_N) // BLOCK_N * BLOCK_N
+    if IS_SHORT:
+        for step in range(0, initial_end + loop_end - loop_start, BLOCK_N):
+            start, step_low, step_high = short_step(step, initial_end, loop_start, initial_high, low, high)
+            accumulator, maximum, total = forward_step(
+                accumulator, maximum, total, query, key_base, value_base, valid_base, start, step_low, step_high, N,
+                scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+                PRECISION,
+            )  # fmt: skip
+    else:
+        if HAS_INITIAL:
+            for start in range(0, initial_end, BLOCK_N):
+                accumulator, maximum, total = forward_step(
+                    accumulator, maximum, total, query, key_base, value_base, valid_base, start, rows * 0,
+                    initial_high, N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID,
+                    True, LSE_ONLY, PRECISION,
+                )  # fmt: skip
+        for start in range(loop_start, full_start, BLOCK_N):
+            accumulator, maximum, total = forward_step(
+                accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+                scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+                PRECISION,
+            )  # fmt: skip
+        for start in range(full_start, full_end, BLOCK_N):
+            accumulator, maximum, total = forward_step(
+                accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+                scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, LSE_ONLY,
+                PRECISION,
+            )  # fmt: skip
+        for start in range(full_end, loop_end, BLOCK_N):
+            accumulator, maximum, total = forward_step(
+                accumulator, maximum, total, query, key_base, value_base, valid_base, start, low, high, N,
+                scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, LSE_ONLY,
+                PRECISION,
+            )  # fmt: skip
 
     seen = total > 0
     output = accumulator / tl.where(seen, total, 1.0)[:, None]
@@ -124,8 +134,8 @@ def flash_forward(
     GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_BASE: tl.constexpr,
-    LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, IS_SHORT: tl.constexpr,
+    HAS_BASE: tl.constexpr, LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output [B, T, H, DV] and lse [B, H, T] of BLOCK_M tokens of a head; with HAS_BASE, added to what they hold."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: heaviest tiles first
@@ -136,7 +146,7 @@ def flash_forward(
         stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
         batch, head, tile, H, T, S, N, window, local_blocks, initial, scale_log2, GROUP, LENGTH, STRIDE,
         SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, IS_CAUSAL, HAS_INTERVAL, HAS_VALID, HAS_INITIAL,
-        HAS_BASE, LSE_ONLY, PRECISION,
+        IS_SHORT, HAS_BASE, LSE_ONLY, PRECISION,
     )  # fmt: skip
     tokens = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_DV)

@@ -44,6 +44,11 @@ class KeyGeometry:
         """The compile-time part."""
         return {"LENGTH": self.length, "STRIDE": self.stride, "SELECTION_BLOCK": self.selection_block}
 
+    @property
+    def is_short(self) -> bool:
+        """See `tiles.is_short`."""
+        return tiles.is_short(self.window, self.local_blocks, self.selection_block)
+
 
 class Intervals(NamedTuple):
     """What each query sees: `first` and `last` [B, T] int32 or both None (plain), `valid` [B, N] bool or None."""
@@ -129,7 +134,7 @@ def flash_forward(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
         scale * LOG2_E,
-        HAS_INITIAL=geometry.initial > 0, HAS_BASE=has_base, LSE_ONLY=lse_only,
+        HAS_INITIAL=geometry.initial > 0, IS_SHORT=geometry.is_short, HAS_BASE=has_base, LSE_ONLY=lse_only,
         **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 
@@ -174,7 +179,7 @@ def flash_query_gradient(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
         scale, scale * LOG2_E,
-        HAS_INITIAL=geometry.initial > 0,
+        HAS_INITIAL=geometry.initial > 0, IS_SHORT=geometry.is_short,
         **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 
@@ -225,6 +230,7 @@ def flash_key_gradient(
         H, T, geometry.num_tokens, N, limit, geometry.window, geometry.local_blocks, geometry.initial, query_splits,
         1.0 if initial_only else scale, scale * LOG2_E,
         HEADS=group // head_splits, HAS_BASE=base is not None, INITIAL_ONLY=initial_only,
+        IS_SHORT=initial_only or geometry.is_short,
         **constants, **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
     if initial_only:

@@ -56,6 +56,38 @@ def route_entries(
 
 
 @triton.jit
+def entry_places(
+    order_ptr, first_entry, start, end, step, PARTS: tl.constexpr, PAIRS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """Place of each row's list entry, which a step of the loop handles, in [B, H_kv, token, slot]."""
+    entries = start + step // PARTS * PAIRS + tl.arange(0, BLOCK_M) // GROUP_BLOCK
+    if DIRECT:
+        return first_entry + entries
+    return tl.load(order_ptr + entries, mask=entries < end, other=first_entry)
+
+
+@triton.jit
+def entry_heads(
+    start, end, step, kv_head, PARTS: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The query head of each row in a step, and whether the row is used."""
+    rows = tl.arange(0, BLOCK_M)
+    entries = start + step // PARTS * PAIRS + rows // GROUP_BLOCK
+    member = step % PARTS * GROUP_BLOCK + rows % GROUP_BLOCK
+    used = (entries < end) & (rows < PAIRS * GROUP_BLOCK) & (member < GROUP)
+    return kv_head * GROUP + member, used
+
+
+@triton.jit
+def load_entries(pointer, heads, tokens, used, stride_h, stride_t, columns, COLUMNS: tl.constexpr):
+    """Loads the rows [BLOCK_M, columns] of a [.., H, T, COLUMNS] tensor, zero where not used."""
+    rows = pointer + heads.to(tl.int64) * stride_h + tokens.to(tl.int64) * stride_t
+    return tl.load(rows[:, None] + columns[None, :], mask=used[:, None] & (columns < COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
 def attend_listed(
     query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, blocks_ptr, order_ptr, bounds_ptr,
     partial_ptr, partial_lse_ptr,
@@ -113,49 +145,50 @@ def attend_listed(
     if HAS_VALID:
         inside = inside & (tl.load(valid_ptr + batch.to(tl.int64) * S + keys, mask=inside, other=0) != 0)
 
-    rows = tl.arange(0, BLOCK_M)
-    pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
     query_base = query_ptr + batch.to(tl.int64) * stride_qb
+    parts: tl.constexpr = (GROUP + GROUP_BLOCK - 1) // GROUP_BLOCK
+    pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
     first_entry = pair.to(tl.int64) * chunk * NUM_LISTED
-    for tile_start in range(start, end, pairs_per_tile):
-        entries = tile_start + rows // GROUP_BLOCK
-        used = (entries < end) & (rows < pairs_per_tile * GROUP_BLOCK)
-        if DIRECT:
-            packed = entries
-        else:
-            packed = (tl.load(order_ptr + entries, mask=used, other=first_entry) - first_entry).to(tl.int32)
-        local = packed // NUM_LISTED
-        slot = packed % NUM_LISTED
-        tokens = token_start + local
-        seen = inside[None, :]
+    place = entry_places(order_ptr, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT)
+    pairs = (place - first_entry).to(tl.int32)
+    following = entry_places(order_ptr, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT)
+    heads, active = entry_heads(start, end, 0, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
+    query = load_entries(query_base, heads, token_start + pairs // NUM_LISTED, active, stride_qh, stride_qt, d, D)
+    for step in range(tl.cdiv(end - start, pairs_per_tile) * parts):
+        # What the next step needs is on its way while this one computes.
+        coming = entry_places(
+            order_ptr, first_entry, start, end, step + 2, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT
+        )
+        following_pairs = (following - first_entry).to(tl.int32)
+        heads, active = entry_heads(start, end, step + 1, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
+        coming_query = load_entries(
+            query_base, heads, token_start + following_pairs // NUM_LISTED, active, stride_qh, stride_qt, d, D
+        )
+        heads, active = entry_heads(start, end, step, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
         if MASKED:
+            tokens = token_start + pairs // NUM_LISTED
             first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
             low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
             last = tl.minimum(last, low - 1)
-            seen = seen & (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
-        for group_start in range(0, GROUP, GROUP_BLOCK):
-            member = group_start + rows % GROUP_BLOCK
-            active = used & (member < GROUP)
-            heads = kv_head * GROUP + member
-            pointers = query_base + heads.to(tl.int64) * stride_qh + tokens.to(tl.int64) * stride_qt
-            query = tl.load(pointers[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
-            if MASKED:
-                logits = tl.where(seen, logits, float("-inf"))
-            maximum = tl.max(logits, 1)
-            reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-            weights = tl.exp2(logits - reference[:, None])
-            total = tl.sum(weights, 1)
-            output = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-            output *= (1.0 / tl.where(total > 0, total, 1.0))[:, None]
-            lse = tl.where(total > 0, reference + tl.log2(total), float("-inf"))
-            row = ((batch.to(tl.int64) * chunk + local) * NUM_LISTED + slot) * SUB + sub
-            row = row * (H_kv * GROUP) + heads
-            tl.store(
-                partial_ptr + row[:, None] * DV + dv[None, :], output.to(partial_ptr.dtype.element_ty),
-                mask=active[:, None] & (dv < DV)[None, :],
-            )  # fmt: skip
-            tl.store(partial_lse_ptr + row, lse, mask=active)
+            seen = inside[None, :] & (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
+            logits = tl.where(seen, logits, float("-inf"))
+        maximum = tl.max(logits, 1)
+        reference = tl.where(maximum == float("-inf"), 0.0, maximum)
+        weights = tl.exp2(logits - reference[:, None])
+        total = tl.sum(weights, 1)
+        output = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+        output *= (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+        lse = tl.where(total > 0, reference + tl.log2(total), float("-inf"))
+        row = ((batch.to(tl.int64) * chunk * NUM_LISTED + pairs) * SUB + sub) * (H_kv * GROUP) + heads
+        tl.store(
+            partial_ptr + row[:, None] * DV + dv[None, :], output.to(partial_ptr.dtype.element_ty),
+            mask=active[:, None] & (dv < DV)[None, :],
+        )  # fmt: skip
+        tl.store(partial_lse_ptr + row, lse, mask=active)
+        pairs = following_pairs
+        following = coming
+        query = coming_query
 
 
 @triton.jit
@@ -207,51 +240,47 @@ def listed_gradient(
 
     grad_key = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     grad_value = tl.zeros([BLOCK_S, BLOCK_DV], tl.float32)
-    rows = tl.arange(0, BLOCK_M)
+    query_base = query_ptr + batch.to(tl.int64) * stride_qb
+    grad_base = grad_ptr + batch.to(tl.int64) * stride_gb
+    parts: tl.constexpr = (GROUP + GROUP_BLOCK - 1) // GROUP_BLOCK
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
     first_entry = pair.to(tl.int64) * chunk * NUM_LISTED
-    for tile_start in range(start, end, pairs_per_tile):
-        entries = tile_start + rows // GROUP_BLOCK
-        used = (entries < end) & (rows < pairs_per_tile * GROUP_BLOCK)
-        packed = (tl.load(order_ptr + entries, mask=used, other=first_entry) - first_entry).to(tl.int32)
-        local = packed // NUM_LISTED
-        slot = packed % NUM_LISTED
-        tokens = token_start + local
-        seen = inside[None, :]
+    place = entry_places(order_ptr, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
+    pairs = (place - first_entry).to(tl.int32)
+    following = entry_places(order_ptr, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
+    for step in range(tl.cdiv(end - start, pairs_per_tile) * parts):
+        # Two steps ahead, so that the next step's rows, which are loaded in this one, need not wait for their places.
+        coming = entry_places(
+            order_ptr, first_entry, start, end, step + 2, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False
+        )
+        heads, active = entry_heads(start, end, step, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
+        tokens = token_start + pairs // NUM_LISTED
+        query = load_entries(query_base, heads, tokens, active, stride_qh, stride_qt, d, D)
+        grad = load_entries(grad_base, heads, tokens, active, stride_gh, stride_gt, dv, DV)
+        row = (batch.to(tl.int64) * (H_kv * GROUP) + heads) * T + tokens
+        lse = tl.load(lse_ptr + row, mask=active, other=float("-inf"))
+        lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+        delta = tl.load(delta_ptr + row, mask=active, other=0.0)
+        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
+        weights = tl.exp2(logits - lse_log2[:, None])
         if MASKED:
             first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
             low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
             last = tl.minimum(last, low - 1)
-            seen = seen & (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
-        for group_start in range(0, GROUP, GROUP_BLOCK):
-            member = group_start + rows % GROUP_BLOCK
-            active = used & (member < GROUP)
-            heads = (kv_head * GROUP + member).to(tl.int64)
-            query_rows = (
-                query_ptr + batch.to(tl.int64) * stride_qb + heads * stride_qh + tokens.to(tl.int64) * stride_qt
-            )
-            grad_rows = grad_ptr + batch.to(tl.int64) * stride_gb + heads * stride_gh + tokens.to(tl.int64) * stride_gt
-            query = tl.load(query_rows[:, None] + d[None, :], mask=active[:, None] & (d < D)[None, :], other=0.0)
-            grad = tl.load(grad_rows[:, None] + dv[None, :], mask=active[:, None] & (dv < DV)[None, :], other=0.0)
-            row = (batch.to(tl.int64) * (H_kv * GROUP) + heads) * T + tokens
-            lse = tl.load(lse_ptr + row, mask=active, other=float("-inf"))
-            lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-            delta = tl.load(delta_ptr + row, mask=active, other=0.0)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
-            weights = tl.exp2(logits - lse_log2[:, None])
-            if MASKED:
-                weights = tl.where(seen, weights, 0.0)
-            grad_value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, grad_value, input_precision=PRECISION)
-            grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
-            grad_logits = (weights * (grad_weights - delta[:, None])).to(key.dtype)
-            grad_key = tl.dot(tl.trans(grad_logits), query, grad_key, input_precision=PRECISION)
-            grad_query = tl.dot(grad_logits, key, input_precision=PRECISION) * scale
-            partial_row = ((batch.to(tl.int64) * chunk + local) * NUM_LISTED + slot) * SUB + sub
-            partial_row = partial_row * (H_kv * GROUP) + heads
-            tl.store(
-                partial_ptr + partial_row[:, None] * D + d[None, :], grad_query.to(partial_ptr.dtype.element_ty),
-                mask=active[:, None] & (d < D)[None, :],
-            )  # fmt: skip
+            seen = inside[None, :] & (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
+            weights = tl.where(seen, weights, 0.0)
+        grad_value = tl.dot(tl.trans(weights.to(grad.dtype)), grad, grad_value, input_precision=PRECISION)
+        grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+        grad_logits = (weights * (grad_weights - delta[:, None])).to(key.dtype)
+        grad_key = tl.dot(tl.trans(grad_logits), query, grad_key, input_precision=PRECISION)
+        grad_query = tl.dot(grad_logits, key, input_precision=PRECISION) * scale
+        partial_row = ((batch.to(tl.int64) * chunk * NUM_LISTED + pairs) * SUB + sub) * (H_kv * GROUP) + heads
+        tl.store(
+            partial_ptr + partial_row[:, None] * D + d[None, :], grad_query.to(partial_ptr.dtype.element_ty),
+            mask=active[:, None] & (d < D)[None, :],
+        )  # fmt: skip
+        pairs = (following - first_entry).to(tl.int32)
+        following = coming
 
     row = (pair.to(tl.int64) * S + keys)[:, None]
     key_out = grad_key_ptr + row * D + d[None, :]

@@ -102,18 +102,22 @@ def _cuts_blocks(geometry: KeyGeometry, intervals: Intervals) -> bool:
 
 
 def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool) -> dict[str, int]:
-    """Rows (pairs x heads), heads handled together, warps and stages of the listed kernels."""
+    """Rows (pairs x heads), heads handled together, warps, stages and registers of the listed kernels."""
     width = max(triton.next_power_of_2(query.shape[-1]), triton.next_power_of_2(value.shape[-1]))
+    limit = {}
     if query.element_size() > 2 or width > 128:
         rows, warps, stages = 64, 4, 1
     elif not tiles.is_hopper(query.device):
-        rows, warps, stages = (64, 8, 2) if backward else (64, 4, 2)
+        rows, warps, stages = (64, 8, 2) if backward else (64, 4, 1)
+    elif backward:
+        rows, warps, stages = 128, 8, 2
     else:
-        rows, warps, stages = (128, 8, 2) if backward else (64, 4, 3)
+        rows, warps, stages = 64, 4, 1
+        limit = {"maxnreg": 168}  # three programs a multiprocessor
     group_block = min(group, rows)
     if direct:
         rows = max(16, triton.next_power_of_2(group_block))
-    return {"BLOCK_M": rows, "GROUP_BLOCK": group_block, "num_warps": warps, "num_stages": stages}
+    return {"BLOCK_M": rows, "GROUP_BLOCK": group_block, "num_warps": warps, "num_stages": stages, **limit}
 
 
 def _merge_tile(group: int) -> dict[str, int]:

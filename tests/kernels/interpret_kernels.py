@@ -30,6 +30,7 @@ CASES = {
     "one_query": (2, 4, 2, 1, 77, 16, 16, torch.float32, "intervals", 1 << 30),
     "negative_scale": (1, 2, 1, 50, 50, 16, 16, torch.float32, "padded", 1),
     "no_scale": (1, 2, 1, 50, 50, 16, 16, torch.float32, "causal", 1 << 30),
+    "more_heads_than_rows": (1, 68, 1, 40, 40, 16, 16, torch.float32, "causal", 1),
     "float16": (1, 4, 1, 64, 64, 16, 16, torch.float16, "causal", 1),
 }
 

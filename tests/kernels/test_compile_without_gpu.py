@@ -48,10 +48,11 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
         joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
         selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)
     loops = {
-        "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "attend_listed",
-        "listed_gradient", "merge_outputs", "merge_query_gradients",
+        "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "listed_gradient",
+        "merge_outputs", "merge_query_gradients",
     }  # fmt: skip
-    assert {kernel.name for kernel in compiled} >= {*loops, "top_blocks", "route_entries"}
+    # attend_listed holds the next step's queries in registers, so its loads are ordinary ones.
+    assert {kernel.name for kernel in compiled} >= {*loops, "attend_listed", "top_blocks", "route_entries"}
     # What keeps a kernel waiting for memory: Triton gives up on a loop in silence.
     assert {kernel.name for kernel in compiled if kernel.name in loops and not kernel.pipelined} == set()
     over = {

@@ -19,6 +19,7 @@ CASES = (
     "one_query",
     "negative_scale",
     "no_scale",
+    "more_heads_than_rows",
     "float16",
 )
 
