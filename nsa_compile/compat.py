@@ -144,6 +144,11 @@ def original_callable(model: Callable[..., Any]) -> Callable[..., Any]:
         model = inner
 
 
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Tells whether a module was compiled in place (`module.compile()`) or is what `torch.compile(module)` returned."""
+    return getattr(module, "_compiled_call_impl", None) is not None or original_callable(module) is not module
+
+
 def fake_tensors() -> contextlib.AbstractContextManager[Any]:
     """Returns a mode in which tensors have shapes and no storage."""
     from torch._subclasses.fake_tensor import FakeTensorMode

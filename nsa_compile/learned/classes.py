@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nsa_compile import compat
 from nsa_compile.learned.parts import LearnedParts
 
 # Name of the attribute of a class that holds the class it was made from.
@@ -21,8 +22,9 @@ _BASE = "_nsa_dense_class"
 def attached_class(base: type[nn.Module]) -> type[nn.Module]:
     """Returns the class of modules like those of `base` that carry learned parts, or hold modules that do.
 
-    Under a compiler, its forward binds the module's learned parts to the graph, and runs `base`'s.  Without one, it
-    runs the graph that the compiler would have been given, rewritten, operator by operator.
+    Under a compiler, its forward binds the module's learned parts to the graph, and runs `base`'s; so does that of a
+    model whose layers are compiled one by one.  Without one, it runs the graph that the compiler would have been given,
+    rewritten, operator by operator.
 
     Args:
         base: the module's class.
@@ -34,6 +36,8 @@ def attached_class(base: type[nn.Module]) -> type[nn.Module]:
             parts = getattr(self, "nsa", None)
             if isinstance(parts, LearnedParts):
                 parts.bind(self)
+            return base.forward(self, *args, **kwargs)
+        if _parts_are_compiled(self):
             return base.forward(self, *args, **kwargs)
         from nsa_compile.learned.eager import run_rewritten
 
@@ -60,6 +64,14 @@ def attached_class(base: type[nn.Module]) -> type[nn.Module]:
 def dense_class(module: nn.Module) -> type[nn.Module] | None:
     """Returns the class that a module had before; None where it has its own."""
     return type(module).__dict__.get(_BASE)
+
+
+def _parts_are_compiled(module: nn.Module) -> bool:
+    """Tells whether all learned parts below a module are in modules that are compiled by themselves."""
+    if isinstance(module._modules.get("nsa"), LearnedParts):
+        return False
+    children = [child for child in module.children() if not compat.is_compiled(child)]
+    return all(map(_parts_are_compiled, children))
 
 
 def _remake(base: type[nn.Module], made: Any, arguments: tuple[Any, ...]) -> Any:
