@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from native_training.corpus import token_stream
-from native_training.training import backend_for, next_token_loss, optimizer_for, progress
+from native_training.training import backend_for, compile_layers, next_token_loss, optimizer_for, progress
 from quickstart import load, packaged_model
 from torch import Tensor, nn
 
@@ -49,20 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         (options.out / "dense_to_native.txt").write_text(table(results, options))
         progress(f"{name}: {results[name]:.4f}")
 
-    model.base_model.compile(backend=backend_for(None, options.eager), dynamic=False)
+    compile_layers(model.base_model.layers, backend_for(None, options.eager))
     note("dense", model)
     joint = dataclasses.replace(options.config, combine="joint", compression="mean", branch_kv="shared")
-    model.base_model.compile(backend=backend_for(joint, options.eager), dynamic=False)
+    compile_layers(model.base_model.layers, backend_for(joint, options.eager))
     note("joint, no training", model)
 
     native = copy.deepcopy(model)
     attach(native.base_model, options.config, text.held_out[:1, :-1].to(options.device), start="dense")
-    native.base_model.compile(backend=backend_for(options.config, options.eager), dynamic=False)
+    compile_layers(native.base_model.layers, backend_for(options.config, options.eager))
     note("gated, no training", native)
     train(native, text, options)
     note(f"gated, {options.steps} steps", native)
     if options.control:
-        model.base_model.compile(backend=backend_for(None, options.eager), dynamic=False)
+        compile_layers(model.base_model.layers, backend_for(None, options.eager))
         train(model, text, options)
         note(f"dense, {options.steps} steps", model)
     print(table(results, options))
@@ -161,8 +161,13 @@ def split_parameters(model: nn.Module) -> tuple[nn.ParameterList, nn.ParameterLi
 
 
 def loss_of(model: Any, sequences: Tensor) -> Tensor:
-    """The loss of `[B, T + 1]`; the decoder is compiled, the projection to the vocabulary is not."""
-    return next_token_loss(lambda tokens: model.base_model(tokens).last_hidden_state, model.lm_head, sequences)
+    """The loss of `[B, T + 1]`."""
+
+    def decode(tokens: Tensor) -> Tensor:
+        # A cache would make the graph of each layer another: it is asked by the layer's number.
+        return model.base_model(tokens, use_cache=False).last_hidden_state
+
+    return next_token_loss(decode, model.lm_head, sequences)
 
 
 def table(results: dict[str, float], options: argparse.Namespace) -> str:

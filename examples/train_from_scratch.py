@@ -23,7 +23,7 @@ from native_training.corpus import PACKAGES, token_stream, train_tokenizer
 from native_training.facts import plant, retrieval_rates
 from native_training.model import Decoder, ModelConfig
 from native_training.outcomes import Outcome, OutcomeFile, table
-from native_training.training import backend_for, likeliest, next_token_loss, optimizer_for, progress
+from native_training.training import backend_for, compile_layers, likeliest, next_token_loss, optimizer_for, progress
 from torch import Tensor, nn
 
 from nsa_compile import NSAConfig, attach
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
         if name == "NSA":
             attach(model, options.config, data.training[: options.tokens][None].to(options.device), start="scratch")
         config = options.config if name == "NSA" else None
-        model.compile(backend=backend_for(config, options.eager), dynamic=False)
+        compile_layers(model.layers, backend_for(config, options.eager))
         for stage in Run(name, model, data, options, functools.partial(file.write, name)).stages():
             picture = draw_comparison(file.path)
             progress(f"{name}: {stage}; see {file.path}" + (f" and {picture.name}" if picture else ""))
@@ -152,7 +152,7 @@ class Run:
 
     Args:
         name: what to call it.
-        model: compiled, its learned parts attached.
+        model: its layers compiled, its learned parts attached.
         data: the data.
         options: what `parse` returned.
         keep: called whenever there is more in the outcome.

@@ -1,7 +1,7 @@
-"""What every training run needs: a backend, the optimizer and its schedule, autocast, the loss in chunks, a clock."""
+"""What every training run needs: compilation, the optimizer and its schedule, autocast, the loss in chunks, a clock."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ def backend_for(config: NSAConfig | None, eager: bool) -> Any:
         return graph_module.forward
 
     return run_rewritten
+
+
+def compile_layers(layers: Iterable[nn.Module], backend: Any) -> None:
+    """Compiles each layer by itself, in place.  Layers are alike, so one graph serves all and is compiled once."""
+    for layer in layers:
+        layer.compile(backend=backend, dynamic=False)
 
 
 def optimizer_for(model: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
