@@ -63,8 +63,10 @@ def entry_places(
     """Place of each row's list entry, which a step of the loop handles, in [B, H_kv, token, slot]."""
     entries = start + step // PARTS * PAIRS + tl.arange(0, BLOCK_M) // GROUP_BLOCK
     if DIRECT:
-        return first_entry + entries
-    return tl.load(order_ptr + entries, mask=entries < end, other=first_entry)
+        place = first_entry + entries
+    else:
+        place = tl.load(order_ptr + entries, mask=entries < end, other=first_entry)
+    return place
 
 
 @triton.jit

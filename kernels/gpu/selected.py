@@ -223,10 +223,13 @@ def listed_forward(
     constants = launch.head_constants(query, key, value)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
-    for start, end in _chunks(query, DV, n * sub, PARTIAL_BYTES):
+    chunks = _chunks(query, DV, n * sub, PARTIAL_BYTES)
+    # The same memory for every chunk: its layout is [B, chunk, ...], so that a shorter one uses the start of it.
+    longest = chunks[0][1] if chunks else 0
+    partial = query.new_empty(B * longest * n * sub * H * DV)
+    partial_lse = query.new_empty(B * longest * n * sub * H, dtype=torch.float32)
+    for start, end in chunks:
         chunk = end - start
-        partial = query.new_empty((B, chunk, n * sub, H, DV))
-        partial_lse = query.new_empty((B, chunk, n * sub, H), dtype=torch.float32)
         if B and S:
             if direct:
                 order, bounds = block_indices, block_indices
@@ -273,16 +276,18 @@ def listed_backward(
     n = block_indices.shape[-1]
     delta = launch.output_dot_gradient(output, grad)
     grad_query = query.new_empty(query.shape)
-    grad_key = torch.zeros((B, H_kv, S, D), dtype=torch.float32, device=key.device)
-    grad_value = torch.zeros((B, H_kv, S, DV), dtype=torch.float32, device=key.device)
     block_size, sub = _sub_block(geometry.selection_block)
     num_blocks = triton.cdiv(S, geometry.selection_block)
     constants = launch.head_constants(query, key, value)
+    grad_key = torch.zeros((B, H_kv, S, D), dtype=torch.float32, device=key.device)
+    grad_value = torch.zeros((B, H_kv, S, DV), dtype=torch.float32, device=key.device)
     if not geometry.empty:
         launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
-    for start, end in _chunks(query, D, n * sub, BACKWARD_PARTIAL_BYTES):
-        partial = query.new_empty((B, end - start, n * sub, H, D))
+    chunks = _chunks(query, D, n * sub, BACKWARD_PARTIAL_BYTES)
+    longest = chunks[0][1] if chunks else 0
+    partial = query.new_empty(B * longest * n * sub * H * D)
+    for start, end in chunks:
         if B and S:
             inverted = _InvertedLists(block_indices, intervals, geometry, (start, end))
             listed.listed_gradient[(num_blocks * sub, B * H_kv)](

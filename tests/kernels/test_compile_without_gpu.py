@@ -46,6 +46,7 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
             query, compressed_key, None, *nothing, None, **causal, **compression, **blocks, num_selected=16
         )
         joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
+        joint.joint_attention(query[:, :, :1], key, key, lists[:, :, :1], *nothing, **causal, **blocks, window=512)
         selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)
     loops = {
         "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "listed_gradient",
