@@ -60,17 +60,12 @@ def block_scores(
     seen = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None]) & inside[None, :]
     query_base = query_ptr + batch.to(tl.int64) * stride_qb + tile_start.to(tl.int64) * stride_qt
     probability = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    lse_rows = lse_ptr + pair.to(tl.int64) * GROUP * T + tokens
-    lse = tl.load(lse_rows, mask=stored, other=0.0)
     for member in range(GROUP):
-        # A step ahead: Triton pipelines only what a product reads.
-        lse_rows += T
-        coming_lse = tl.load(lse_rows, mask=stored & (member + 1 < GROUP), other=0.0)
         head = (kv_head * GROUP + member).to(tl.int64)
         query = load_tile(query_base + head * stride_qh, rows, d, stride_qt, stored, D, BLOCK_D, True)
+        lse = tl.load(lse_ptr + (batch.to(tl.int64) * (H_kv * GROUP) + head) * T + tokens, mask=stored, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
         probability += tl.exp2(logits - (lse * 1.4426950408889634)[:, None])
-        lse = coming_lse
     probability = tl.where(seen, probability, 0.0)
 
     reach: tl.constexpr = LENGTH // STRIDE

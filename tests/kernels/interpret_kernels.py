@@ -15,11 +15,13 @@ from torch import Tensor
 from nsa_compile.kernels import reference
 from nsa_compile.kernels.blockwise import branches
 from nsa_compile.kernels.compression import mean_compress
-from nsa_compile.kernels.gpu import compressed, joint, selected, selection, window
+from nsa_compile.kernels.gpu import compressed, joint, selected, selection, tiles, window
 
 SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
 # Scales that are not 1/√D.
 SCALES = {"negative_scale": -0.3, "no_scale": 0.0}
+# Cases whose windows and local blocks are handled as long ranges are: a loop for each part.
+LONG = {"long_ranges", "long_ranges_padded"}
 # name: B, H, H_kv, T, S, D, D_v, dtype, visibility, bytes of partial outputs (small: several chunks, inverted lists)
 CASES = {
     "causal": (1, 4, 2, 70, 70, 16, 16, torch.float32, "causal", 1 << 30),
@@ -31,6 +33,8 @@ CASES = {
     "negative_scale": (1, 2, 1, 50, 50, 16, 16, torch.float32, "padded", 1),
     "no_scale": (1, 2, 1, 50, 50, 16, 16, torch.float32, "causal", 1 << 30),
     "more_heads_than_rows": (1, 68, 1, 40, 40, 16, 16, torch.float32, "causal", 1),
+    "long_ranges": (1, 4, 2, 90, 90, 16, 16, torch.float32, "causal", 1),
+    "long_ranges_padded": (1, 2, 1, 40, 40, 16, 16, torch.float32, "padded", 1),
     "float16": (1, 4, 1, 64, 64, 16, 16, torch.float16, "causal", 1),
 }
 
@@ -118,6 +122,8 @@ def run(
 
 
 if __name__ == "__main__":
+    short = tiles.SHORT
     for name, case in CASES.items():
+        tiles.SHORT = 0 if name in LONG else short
         sys.stdout.write(json.dumps({"case": name, "errors": run(*case, scale=SCALES.get(name))}) + "\n")
         sys.stdout.flush()

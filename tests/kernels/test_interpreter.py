@@ -20,6 +20,8 @@ CASES = (
     "negative_scale",
     "no_scale",
     "more_heads_than_rows",
+    "long_ranges",
+    "long_ranges_padded",
     "float16",
 )
 
