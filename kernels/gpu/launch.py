@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import flash, forward, tiles
+from nsa_compile.kernels.gpu import backward, forward, tiles
 
 LOG2_E = math.log2(math.e)
 
@@ -146,7 +146,7 @@ def output_dot_gradient(output: Tensor, grad: Tensor) -> Tensor:
     delta = output.new_empty((B, H, T), dtype=torch.float32)
     rows = 64
     if delta.numel():
-        flash.output_dot_gradient[(triton.cdiv(T, rows), B * H)](
+        backward.output_dot_gradient[(triton.cdiv(T, rows), B * H)](
             output, grad, delta, *output.stride()[:3], *grad.stride()[:3], H, T,
             DV=DV, BLOCK_DV=triton.next_power_of_2(DV), BLOCK_M=rows, num_warps=4,
         )  # fmt: skip
@@ -174,7 +174,7 @@ def flash_query_gradient(
         return
     sizes = tile_sizes("query_gradient", geometry, query, value)
     grid = (triton.cdiv(T, sizes["BLOCK_M"]), B * H)
-    flash.flash_query_gradient[grid](
+    backward.flash_query_gradient[grid](
         query, key, value, *intervals.pointers(query), grad, lse, delta, grad_query,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
@@ -223,7 +223,7 @@ def flash_key_gradient(
         return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
     ranges = _query_ranges(query, intervals, geometry, N, tiles, sizes["BLOCK_N"])
     base_key, base_value = base or (lse, lse)
-    flash.flash_key_gradient[(tiles, B * H_kv, splits)](
+    backward.flash_key_gradient[(tiles, B * H_kv, splits)](
         query, key, value, *intervals.pointers(query), grad, lse, delta, ranges, base_key, base_value,
         grad_key, grad_value,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
@@ -248,7 +248,7 @@ def _query_ranges(
     if intervals.first is None:
         return query
     ranges = query.new_empty((B, tiles, 2), dtype=torch.int32)
-    flash.query_ranges[(tiles, B)](
+    backward.query_ranges[(tiles, B)](
         *intervals.pointers(query)[:2], ranges, T, geometry.num_tokens, num_keys, geometry.window,
         geometry.local_blocks, **geometry.constants(), BLOCK_N=block, BLOCK_T=1024, num_warps=4,
     )  # fmt: skip
