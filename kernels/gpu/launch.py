@@ -14,6 +14,8 @@ from torch import Tensor
 from nsa_compile.kernels.gpu import backward, forward, tiles
 
 LOG2_E = math.log2(math.e)
+MANY_PROGRAMS = 1024  # of a kernel whose programs differ in work: enough that all multiprocessors end together
+QUERIES_OF_A_SPLIT = 2048  # a share of fewer queries is not worth a gradient buffer of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,9 +214,15 @@ def flash_key_gradient(
         sizes["BLOCK_N"] = min(sizes["BLOCK_N"], max(16, triton.next_power_of_2(limit)))
     tiles = triton.cdiv(limit, sizes["BLOCK_N"])
     # Few key tiles (compressed tokens, initial blocks) leave the device idle: split the sum over heads, then over
-    # queries, and add the parts in a fixed order afterwards.
-    head_splits = group if base is None and tiles * B * H_kv < 1024 else 1
-    query_splits = max(1, min(64, T // 2048)) if initial_only else 1
+    # queries, and add the parts in a fixed order afterwards.  Not by the batch, or a sequence's gradients would depend
+    # on the others.
+    programs = max(1, tiles * H_kv)
+    head_splits = group if base is None and programs < MANY_PROGRAMS else 1
+    query_splits = 1
+    if initial_only:
+        query_splits = max(1, min(64, T // QUERIES_OF_A_SPLIT))
+    elif base is None and not geometry.is_short:
+        query_splits = max(1, min(MANY_PROGRAMS // (programs * head_splits), T // QUERIES_OF_A_SPLIT))
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 or initial_only else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, limit, D), dtype=dtype)

@@ -208,8 +208,9 @@ def listed_gradient(
 ):  # fmt: skip
     """Gradients that pass through one block of keys, for the (token, slot) pairs that list it; MASKED as above.
 
-    Adds to grad_key and grad_value [B, H_kv, S, ·] float32, the keys' without the scale; writes what the block gives
-    to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].
+    Adds to grad_key and grad_value [split, B, H_kv, S, ·] float32, the keys' without the scale; writes what the block
+    gives to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].  Each split takes an equal share of
+    the block's pairs.
     """
     pair = tl.program_id(1)
     batch = pair // H_kv
@@ -220,6 +221,9 @@ def listed_gradient(
     bounds = bounds_ptr + pair.to(tl.int64) * (num_blocks + 1) + block
     start = tl.load(bounds)
     end = tl.load(bounds + 1)
+    share = tl.cdiv(end - start, tl.num_programs(2))
+    start += tl.program_id(2) * share
+    end = tl.minimum(end, start + share)
     if start >= end:
         return
     columns = tl.arange(0, BLOCK_S)
@@ -284,7 +288,8 @@ def listed_gradient(
         pairs = (following - first_entry).to(tl.int32)
         following = coming
 
-    row = (pair.to(tl.int64) * S + keys)[:, None]
+    split = tl.program_id(2).to(tl.int64) * tl.num_programs(1)
+    row = ((split + pair) * S + keys)[:, None]
     key_out = grad_key_ptr + row * D + d[None, :]
     value_out = grad_value_ptr + row * DV + dv[None, :]
     key_mask = stored[:, None] & (d < D)[None, :]

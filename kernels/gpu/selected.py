@@ -19,6 +19,7 @@ from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
 BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
+MOST_SPLITS = 8  # of a block's list entries in the backward pass
 SPLIT = 512  # list entries of one block that a forward program handles
 
 
@@ -279,8 +280,11 @@ def listed_backward(
     block_size, sub = _sub_block(geometry.selection_block)
     num_blocks = triton.cdiv(S, geometry.selection_block)
     constants = launch.head_constants(query, key, value)
-    grad_key = torch.zeros((B, H_kv, S, D), dtype=torch.float32, device=key.device)
-    grad_value = torch.zeros((B, H_kv, S, DV), dtype=torch.float32, device=key.device)
+    # Blocks differ in how many tokens list them: with few blocks, each is split into shares, which are added in a fixed
+    # order afterwards.  Not by the batch, or a sequence's gradients would depend on the others.
+    splits = max(1, min(MOST_SPLITS, launch.MANY_PROGRAMS // max(1, num_blocks * sub * H_kv)))
+    grad_key = torch.zeros((splits, B, H_kv, S, D), dtype=torch.float32, device=key.device)
+    grad_value = torch.zeros((splits, B, H_kv, S, DV), dtype=torch.float32, device=key.device)
     if not geometry.empty:
         launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
@@ -290,7 +294,7 @@ def listed_backward(
     for start, end in chunks:
         if B and S:
             inverted = _InvertedLists(block_indices, intervals, geometry, (start, end))
-            listed.listed_gradient[(num_blocks * sub, B * H_kv)](
+            listed.listed_gradient[(num_blocks * sub, B * H_kv, splits)](
                 query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds, grad, lse, delta,
                 partial, grad_key, grad_value,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
@@ -304,6 +308,7 @@ def listed_backward(
             listed.merge_query_gradients, block_indices, intervals, geometry, (start, end), sub, constants,
             partial, grad_query, D=D, BLOCK_D=constants["BLOCK_D"],
         )  # fmt: skip
+    grad_key, grad_value = (each[0] if splits == 1 else each.sum(0) for each in (grad_key, grad_value))
     if geometry.empty:
         return grad_query, (grad_key * scale).to(key.dtype), grad_value.to(value.dtype)
     if geometry.initial:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_compile.kernels import reference
 from nsa_compile.kernels.blockwise import branches
 from nsa_compile.kernels.compression import mean_compress
-from nsa_compile.kernels.gpu import compressed, joint, selected, selection, tiles, window
+from nsa_compile.kernels.gpu import compressed, joint, launch, selected, selection, tiles, window
 
 SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
 # Scales that are not 1/√D.
@@ -64,6 +64,8 @@ def run(
     torch.manual_seed(torch.seed() % 2**31)
     selected.PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
+    # Few enough shares that each has something to do.
+    launch.QUERIES_OF_A_SPLIT, selected.MOST_SPLITS = (20, 3) if limit == 1 else (2048, 8)
     query = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2)
     key, value = (torch.randn(B, S, H_kv, size, dtype=dtype).transpose(1, 2) for size in (D, DV))
     scale, compression = D**-0.5 if scale is None else scale, SIZES["compression"]
