@@ -1,7 +1,7 @@
 """Attention to listed blocks, block by block: keys stay in shared memory while the queries that listed them pass by.
 
 A query-major loop (one token walks its own list, as in the paper) fetches every block through L2 once per token.
-Here the lists are inverted: for each block, in token order, the (token, slot) pairs that name it.  A block's keys
+Here the lists are inverted (inverted.py): for each block, in token order, the (token, slot) pairs that name it.  A block's keys
 and values are loaded once, its queries stream through, and each (token, slot) leaves a normalised partial output with
 its lse, which `merge_outputs` merges.  The gradient kernel is the same loop; it sums the gradients of a
 block's keys and values in registers, in token order, so nothing is atomic and results repeat to the bit.
@@ -12,47 +12,8 @@ A selection block longer than BLOCK_S is handled as `sub` blocks, each with a pa
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.gpu.flash import EMPTY_LOW, key_range, load_tile, token_interval
-
-
-@triton.jit
-def dense_start(
-    first, last, S, window, local_blocks, HAS_DENSE: tl.constexpr, SELECTION_BLOCK: tl.constexpr
-):  # fmt: skip
-    """First key of the contiguous range that another kernel handles; listed blocks count only before it."""
-    if HAS_DENSE:
-        low, _ = key_range(first, last, S, S, window, local_blocks, 1, 1, SELECTION_BLOCK)
-    else:
-        low = first * 0 + EMPTY_LOW
-    return low
-
-
-@triton.jit
-def routed(block, low, initial, SELECTION_BLOCK: tl.constexpr):
-    """Whether a listed block holds keys of its own: after the initial keys and before the contiguous range."""
-    start = block * SELECTION_BLOCK
-    return (block >= 0) & (start >= initial) & (start < low)
-
-
-@triton.jit
-def route_entries(
-    blocks_ptr, first_ptr, last_ptr, key_ptr, T, S, num_blocks, H_kv, window, local_blocks, initial,
-    token_start, token_end, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sort key of each list entry: pair · (num_blocks + 1) + block, its block `num_blocks` where it is not `routed`."""
-    chunk = token_end - token_start
-    entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pair = tl.program_id(1)
-    tokens = token_start + entries // NUM_LISTED
-    inside = entries < chunk * NUM_LISTED
-    first, last = token_interval(first_ptr, last_ptr, pair // H_kv, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
-    low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
-    source = (pair.to(tl.int64) * T + token_start) * NUM_LISTED + entries
-    block = tl.load(blocks_ptr + source, mask=inside, other=-1)
-    used = routed(block, low, initial, SELECTION_BLOCK)
-    target = pair.to(tl.int64) * chunk * NUM_LISTED + entries
-    tl.store(key_ptr + target, pair * (num_blocks + 1) + tl.where(used, block, num_blocks), mask=inside)
+from nsa_compile.kernels.gpu.flash import load_tile, token_interval
+from nsa_compile.kernels.gpu.inverted import block_entries, dense_start, routed
 
 
 @triton.jit
@@ -60,7 +21,7 @@ def entry_places(
     order_ptr, first_entry, start, end, step, PARTS: tl.constexpr, PAIRS: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """Place of each row's list entry, which a step of the loop handles, in [B, H_kv, token, slot]."""
+    """Place of each row's list entry, which a step of the loop handles, in [token, slot]."""
     entries = start + step // PARTS * PAIRS + tl.arange(0, BLOCK_M) // GROUP_BLOCK
     if DIRECT:
         place = first_entry + entries
@@ -124,9 +85,9 @@ def attend_listed(
             return
     else:
         block = tl.program_id(0) // SUB
-        bounds = bounds_ptr + pair.to(tl.int64) * (num_blocks + 1) + block
-        start = tl.load(bounds) + tl.program_id(2) * SPLIT
-        end = tl.minimum(tl.load(bounds + 1), start + SPLIT)
+        start, end = block_entries(bounds_ptr, pair, block, num_blocks)
+        start += tl.program_id(2) * SPLIT
+        end = tl.minimum(end, start + SPLIT)
         if start >= end:
             return
     columns = tl.arange(0, BLOCK_S)
@@ -150,18 +111,19 @@ def attend_listed(
     query_base = query_ptr + batch.to(tl.int64) * stride_qb
     parts: tl.constexpr = (GROUP + GROUP_BLOCK - 1) // GROUP_BLOCK
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    first_entry = pair.to(tl.int64) * chunk * NUM_LISTED
-    place = entry_places(order_ptr, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT)
-    pairs = (place - first_entry).to(tl.int32)
-    following = entry_places(order_ptr, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT)
+    first_entry = token_start * NUM_LISTED
+    order = order_ptr + pair.to(tl.int64) * T * NUM_LISTED + first_entry
+    place = entry_places(order, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT)
+    pairs = place - first_entry
+    following = entry_places(order, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT)
     heads, active = entry_heads(start, end, 0, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
     query = load_entries(query_base, heads, token_start + pairs // NUM_LISTED, active, stride_qh, stride_qt, d, D)
     for step in range(tl.cdiv(end - start, pairs_per_tile) * parts):
         # What the next step needs is on its way while this one computes.
         coming = entry_places(
-            order_ptr, first_entry, start, end, step + 2, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT
+            order, first_entry, start, end, step + 2, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT
         )
-        following_pairs = (following - first_entry).to(tl.int32)
+        following_pairs = following - first_entry
         heads, active = entry_heads(start, end, step + 1, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
         coming_query = load_entries(
             query_base, heads, token_start + following_pairs // NUM_LISTED, active, stride_qh, stride_qt, d, D
@@ -218,9 +180,7 @@ def listed_gradient(
     block = tl.program_id(0) // SUB
     sub = tl.program_id(0) % SUB
     chunk = token_end - token_start
-    bounds = bounds_ptr + pair.to(tl.int64) * (num_blocks + 1) + block
-    start = tl.load(bounds)
-    end = tl.load(bounds + 1)
+    start, end = block_entries(bounds_ptr, pair, block, num_blocks)
     share = tl.cdiv(end - start, tl.num_programs(2))
     start += tl.program_id(2) * share
     end = tl.minimum(end, start + share)
@@ -250,14 +210,15 @@ def listed_gradient(
     grad_base = grad_ptr + batch.to(tl.int64) * stride_gb
     parts: tl.constexpr = (GROUP + GROUP_BLOCK - 1) // GROUP_BLOCK
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    first_entry = pair.to(tl.int64) * chunk * NUM_LISTED
-    place = entry_places(order_ptr, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
-    pairs = (place - first_entry).to(tl.int32)
-    following = entry_places(order_ptr, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
+    first_entry = token_start * NUM_LISTED
+    order = order_ptr + pair.to(tl.int64) * T * NUM_LISTED + first_entry
+    place = entry_places(order, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
+    pairs = place - first_entry
+    following = entry_places(order, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
     for step in range(tl.cdiv(end - start, pairs_per_tile) * parts):
         # Two steps ahead, so that the next step's rows, which are loaded in this one, need not wait for their places.
         coming = entry_places(
-            order_ptr, first_entry, start, end, step + 2, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False
+            order, first_entry, start, end, step + 2, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False
         )
         heads, active = entry_heads(start, end, step, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
         tokens = token_start + pairs // NUM_LISTED
@@ -285,7 +246,7 @@ def listed_gradient(
             partial_ptr + partial_row[:, None] * D + d[None, :], grad_query.to(partial_ptr.dtype.element_ty),
             mask=active[:, None] & (d < D)[None, :],
         )  # fmt: skip
-        pairs = (following - first_entry).to(tl.int32)
+        pairs = following - first_entry
         following = coming
 
     split = tl.program_id(2).to(tl.int64) * tl.num_programs(1)

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from nsa_compile.kernels.gpu import launch, listed, tiles
+from nsa_compile.kernels.gpu.inverted import invert_lists
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
@@ -127,36 +128,6 @@ def _merge_tile(group: int) -> dict[str, int]:
     return {"BLOCK_M": max(16, triton.next_power_of_2(group_block)), "GROUP_BLOCK": group_block, "num_warps": 4}
 
 
-class _InvertedLists:
-    """For the tokens [start, end): list entries sorted by sequence and KV head, then by block, then by token.
-
-    One sort for all, since torch sorts a few long rows one after the other.  order [B·H_kv·chunk·n] int64 holds the
-    entries' places in [B, H_kv, token − start, slot]; bounds [B·H_kv·(N_blk + 1)] int32 says where each block's entries
-    start.  Unused entries come behind the last block.
-    """
-
-    def __init__(
-        self, block_indices: Tensor, intervals: Intervals, geometry: KeyGeometry, tokens: tuple[int, int]
-    ) -> None:
-        B, H_kv, T, n = block_indices.shape
-        start, end = tokens
-        num_blocks = triton.cdiv(geometry.num_tokens, geometry.selection_block)
-        entries = (end - start) * n
-        keys = block_indices.new_empty(B * H_kv * entries)
-        size = 1024
-        first, last, _ = intervals.pointers(block_indices)
-        constants = intervals.constants()
-        del constants["HAS_VALID"]
-        listed.route_entries[(triton.cdiv(entries, size), B * H_kv)](
-            block_indices, first, last, keys, T, geometry.num_tokens, num_blocks, H_kv, geometry.window,
-            geometry.local_blocks, geometry.initial, start, end, HAS_DENSE=not geometry.empty,
-            SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, BLOCK=size, **constants,
-        )  # fmt: skip
-        ordered, self.order = keys.sort(stable=True)
-        edges = torch.arange(B * H_kv * (num_blocks + 1), dtype=torch.int32, device=keys.device)
-        self.bounds = torch.searchsorted(ordered, edges, out_int32=True)
-
-
 def _chunks(query: Tensor, width: int, slots: int, limit: int) -> list[tuple[int, int]]:
     """Token ranges whose partial outputs of `width` numbers a head and slot stay below `limit` bytes."""
     B, H, T, _ = query.shape
@@ -229,15 +200,16 @@ def listed_forward(
     longest = chunks[0][1] if chunks else 0
     partial = query.new_empty(B * longest * n * sub * H * DV)
     partial_lse = query.new_empty(B * longest * n * sub * H, dtype=torch.float32)
-    for start, end in chunks:
+    has_entries = B * S * longest * n > 0
+    inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries and not direct else None
+    for index, (start, end) in enumerate(chunks):
         chunk = end - start
-        if B and S:
-            if direct:
+        if has_entries:
+            if inverted is None:
                 order, bounds = block_indices, block_indices
                 grid = (chunk * n * sub, B * H_kv)
             else:
-                inverted = _InvertedLists(block_indices, intervals, geometry, (start, end))
-                order, bounds = inverted.order, inverted.bounds
+                order, bounds = inverted.order, inverted.bounds[index]
                 grid = (num_blocks * sub, B * H_kv, triton.cdiv(chunk, SPLIT))
             listed.attend_listed[grid](
                 query, key, value, *intervals.pointers(query), block_indices, order, bounds, partial, partial_lse,
@@ -291,11 +263,12 @@ def listed_backward(
     chunks = _chunks(query, D, n * sub, BACKWARD_PARTIAL_BYTES)
     longest = chunks[0][1] if chunks else 0
     partial = query.new_empty(B * longest * n * sub * H * D)
-    for start, end in chunks:
-        if B and S:
-            inverted = _InvertedLists(block_indices, intervals, geometry, (start, end))
+    has_entries = B * S * longest * n > 0
+    inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries else None
+    for index, (start, end) in enumerate(chunks):
+        if inverted is not None:
             listed.listed_gradient[(num_blocks * sub, B * H_kv, splits)](
-                query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds, grad, lse, delta,
+                query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds[index], grad, lse, delta,
                 partial, grad_key, grad_value,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
                 H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, start, end,

@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_compile.kernels import reference
 from nsa_compile.kernels.blockwise import branches
 from nsa_compile.kernels.compression import mean_compress
-from nsa_compile.kernels.gpu import compressed, joint, launch, selected, selection, tiles, window
+from nsa_compile.kernels.gpu import compressed, inverted, joint, launch, selected, selection, tiles, window
 
 SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
 # Scales that are not 1/√D.
@@ -36,6 +36,15 @@ CASES = {
     "long_ranges": (1, 4, 2, 90, 90, 16, 16, torch.float32, "causal", 1),
     "long_ranges_padded": (1, 2, 1, 40, 40, 16, 16, torch.float32, "padded", 1),
     "float16": (1, 4, 1, 64, 64, 16, 16, torch.float16, "causal", 1),
+}
+# name: B, H_kv, T, n, blocks, different blocks, tokens of a chunk, list entries of a tile, bytes of counts, visibility
+LISTS = {
+    "lists": (2, 3, 97, 5, 13, 13, 97, 1024, 1 << 25, "causal"),
+    "lists_in_tiles": (2, 1, 111, 7, 20, 20, 111, 128, 1 << 25, "intervals"),
+    "lists_in_chunks": (1, 2, 111, 5, 9, 9, 32, 64, 1 << 25, "intervals"),
+    "lists_of_equal_blocks": (2, 2, 63, 9, 30, 2, 40, 128, 1 << 25, "range"),
+    "lists_of_many_blocks": (1, 2, 50, 6, 1100, 1100, 50, 64, 1 << 25, "intervals"),
+    "lists_in_one_tile": (1, 2, 80, 4, 17, 17, 40, 64, 1, "range"),
 }
 
 
@@ -123,9 +132,43 @@ def run(
     return errors
 
 
+def invert(
+    B: int, H_kv: int, T: int, n: int, blocks: int, different: int, chunk: int, tile: int, limit: int, visibility: str
+) -> dict:
+    """Numbers in which inverted lists differ from torch's stable sort."""
+    inverted.TILE, inverted.COUNT_BYTES = tile, limit
+    S = blocks * 16 - 3
+    lists = torch.randint(-1, different, (B, H_kv, T, n), dtype=torch.int32)
+    first = last = None
+    low = torch.full((B, T), S)
+    geometry = launch.KeyGeometry(S, selection_block=16, empty=True)
+    if visibility == "intervals":
+        last = torch.randint(0, S, (B, T), dtype=torch.int32)
+        first = torch.zeros_like(last)
+        geometry = launch.KeyGeometry(S, selection_block=16, window=20, initial=16)
+        low = (last - 19).clamp_min(0)
+    elif visibility == "range":  # two blocks at the end of what a token sees
+        geometry = launch.KeyGeometry(S, selection_block=16, local_blocks=2)
+        low = ((torch.arange(T).clamp_max(S - 1) // 16 - 1) * 16).clamp_min(0).expand(B, T)
+    intervals = launch.Intervals(first, last, None, is_causal=True)
+    order, bounds = inverted.invert_lists(lists, intervals, geometry, chunk)
+    used = (lists >= 0) & (lists * 16 >= geometry.initial) & (lists * 16 < low[:, None, :, None])
+    keys = torch.where(used, lists, blocks).reshape(B * H_kv, T * n)
+    wrong = {"order": 0, "bounds": 0}
+    for index, start in enumerate(range(0, T * n, chunk * n)):
+        part, places = keys[:, start : start + chunk * n].sort(stable=True)
+        edges = torch.arange(blocks + 1, dtype=torch.int32).expand(B * H_kv, -1).contiguous()
+        wrong["bounds"] += int((torch.searchsorted(part, edges) != bounds[index, :, : blocks + 1]).sum())
+        given = order[:, start : start + chunk * n]
+        wrong["order"] += int(((given != places + start) & (part < blocks)).sum())
+    return wrong | {"used": int(used.sum())}
+
+
 if __name__ == "__main__":
     short = tiles.SHORT
     for name, case in CASES.items():
         tiles.SHORT = 0 if name in LONG else short
         sys.stdout.write(json.dumps({"case": name, "errors": run(*case, scale=SCALES.get(name))}) + "\n")
         sys.stdout.flush()
+    for name, case in LISTS.items():
+        sys.stdout.write(json.dumps({"case": name, "errors": invert(*case)}) + "\n")

@@ -24,6 +24,14 @@ CASES = (
     "long_ranges_padded",
     "float16",
 )
+LISTS = (
+    "lists",
+    "lists_in_tiles",
+    "lists_in_chunks",
+    "lists_of_equal_blocks",
+    "lists_of_many_blocks",
+    "lists_in_one_tile",
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +62,9 @@ def test_kernels_equal_reference(errors: dict[str, dict[str, float]], case: str)
     budget = 1e-3 if case == "float16" else 2e-6
     assert len(errors[case]) >= 20
     assert {name: value for name, value in errors[case].items() if value > budget} == {}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_are_inverted_as_a_stable_sort_does(errors: dict[str, dict[str, int]], case: str) -> None:
+    assert errors[case].pop("used") > 0
+    assert errors[case] == {"order": 0, "bounds": 0}
