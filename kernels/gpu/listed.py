@@ -1,9 +1,9 @@
 """Attention to listed blocks, block by block: keys stay in shared memory while the queries that listed them pass by.
 
 A query-major loop (one token walks its own list, as in the paper) fetches every block through L2 once per token.
-Here the lists are inverted (inverted.py): for each block, in token order, the (token, slot) pairs that name it.  A block's keys
-and values are loaded once, its queries stream through, and each (token, slot) leaves a normalised partial output with
-its lse, which `merge_outputs` merges.  The gradient kernel is the same loop; it sums the gradients of a
+Here the lists are inverted (inverted.py): for each block, in token order, the (token, slot) pairs that name it.  A
+block's keys and values are loaded once, its queries stream through, and each (token, slot) leaves a normalised partial
+output with its lse, which `merge_outputs` merges.  The gradient kernel is the same loop; it sums the gradients of a
 block's keys and values in registers, in token order, so nothing is atomic and results repeat to the bit.
 
 A selection block longer than BLOCK_S is handled as `sub` blocks, each with a partial of its own.
