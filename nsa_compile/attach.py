@@ -60,8 +60,9 @@ def attach(
         example_inputs: what the model takes, to see its graph: a tensor, positional arguments, or a mapping of keyword
             arguments.  A model that Dynamo captures whole is not run.  None is for models of transformers, which
             have `dummy_inputs`.
-        start: "dense": the compression is the mean and the selected branch is open, which is near the dense model;
-            for checkpoints.  "scratch": random, all branches halfway open, as the paper trains.
+        start: "dense": the selected branch is open and branches copy the model's projections, which is near the dense
+            model; for checkpoints.  "scratch": all branches halfway open, with projections as random as the model's.
+            The compression starts as the mean in both.
         modules: names of the modules to attach to; None for all that have an attention to be rewritten.
 
     Returns:

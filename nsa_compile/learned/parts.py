@@ -85,14 +85,11 @@ class LinearCompression(nn.Module):
         self.blocks = {"block_length": block_length, "block_stride": block_stride}
         self.weight = nn.Parameter(torch.empty(size, block_length * size))
 
-    def start(self, start: Start) -> None:
-        """Sets the weight: "dense" is the mean, "scratch" random."""
+    def start(self) -> None:
+        """Sets the weight: the mean."""
         size, width = self.weight.shape
         with torch.no_grad():
-            if start == "dense":
-                self.weight.copy_(_mean_matrix(size, width // size))
-            else:
-                self.weight.uniform_(-(width**-0.5), width**-0.5)
+            self.weight.copy_(_mean_matrix(size, width // size))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Compresses, as the rewritten graph does."""
@@ -117,16 +114,11 @@ class MLPCompression(nn.Module):
         self.hidden = nn.Linear(block_length * size, 2 * size)
         self.output = nn.Linear(2 * size, size)
 
-    def start(self, start: Start) -> None:
-        """Sets the parameters: "dense" computes the mean exactly, "scratch" is random."""
-        self.hidden.reset_parameters()
-        self.output.reset_parameters()
+    def start(self) -> None:
+        """Sets the parameters: what is computed is the mean, exactly."""
+        length, size = self.position.shape
+        mean, one = _mean_matrix(size, length), torch.eye(size)
         with torch.no_grad():
-            if start == "scratch":
-                self.position.normal_(std=0.02)
-                return
-            length, size = self.position.shape
-            mean, one = _mean_matrix(size, length), torch.eye(size)
             # silu(x) − silu(−x) = x: units in pairs make the MLP the identity on the mean.
             self.hidden.weight.copy_(torch.cat([mean, -mean]))
             self.output.weight.copy_(torch.cat([one, -one], 1))
@@ -197,12 +189,14 @@ class LearnedParts(nn.Module):
         """Sets all parameters.
 
         Args:
-            start: "dense": near the dense model.  "scratch": as before training.
+            start: "dense": near the dense model.  "scratch": for training from scratch.  The compression is the mean
+                in both.
             originals: name -> the model's own parameter, for branches with their own.
         """
-        for child in (self.gates, getattr(self, "compress_key", None), getattr(self, "compress_value", None)):
-            if isinstance(child, Gates | LinearCompression | MLPCompression):
-                child.start(start)
+        self.gates.start(start)
+        for child in self.children():
+            if isinstance(child, LinearCompression | MLPCompression):
+                child.start()
         with torch.no_grad():
             for branch in BRANCHES if self.originals else ():
                 for name in self.originals:

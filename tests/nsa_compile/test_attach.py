@@ -122,11 +122,12 @@ def test_a_dense_start_is_near_the_dense_model(compression, branch_kv):
     torch.testing.assert_close(model(ids), dense)
 
 
-def test_compression_of_a_dense_start_is_the_mean():
+@pytest.mark.parametrize("start", ["dense", "scratch"])
+@pytest.mark.parametrize("compression", ["linear", "mlp"])
+def test_compression_starts_as_the_mean(compression, start):
     keys = torch.randn(2, 3, 45, WIDTH // HEADS)
-    for compression in ("linear", "mlp"):
-        parts = learned_parts(make(CONFIG.replace(compression=compression), start="dense"))["layers.0"]
-        torch.testing.assert_close(parts.compress_key(keys), keys.unfold(2, 8, 4).mean(-1), rtol=1e-5, atol=1e-6)
+    parts = learned_parts(make(CONFIG.replace(compression=compression), start=start))["layers.0"]
+    torch.testing.assert_close(parts.compress_key(keys), keys.unfold(2, 8, 4).mean(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_a_start_from_scratch_opens_all_branches_halfway():

@@ -112,6 +112,10 @@ def make(project: type[nn.Module], config: NSAConfig) -> nn.Module:
     model = Layer(project()).double()
     states = torch.randn(2, 37, WIDTH, dtype=torch.float64)
     assert attach(model, config, states, start="scratch") == ("attention",)
+    with torch.no_grad():
+        # At its start the compression is the mean: linear, and without positions.
+        for parameter in learned_parts(model)["attention"].parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
 
