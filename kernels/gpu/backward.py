@@ -8,7 +8,15 @@ bit.
 import triton
 import triton.language as tl
 
-from nsa_compile.kernels.gpu.flash import key_range, load_tile, short_step, tile_bounds, token_interval, visible_keys
+from nsa_compile.kernels.gpu.flash import (
+    is_edge,
+    key_range,
+    load_tile,
+    range_step,
+    tile_bounds,
+    token_interval,
+    visible_keys,
+)
 
 
 @triton.jit
@@ -32,21 +40,21 @@ def output_dot_gradient(
 
 @triton.jit
 def query_gradient_step(
-    accumulator, query, grad, lse_log2, delta, key_ptr, value_ptr, valid_ptr, start, low, high, N, scale_log2,
+    accumulator, query, grad, lse_log2, delta, key_ptr, value_ptr, valid_ptr, start, low, high, edge, N, scale_log2,
     stride_kn, stride_vn, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_VALID: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys' share in the gradient of the queries (scale left out)."""
+    """One block of keys' share in the gradient of the queries (scale left out); `edge` as in the forward pass."""
     columns = tl.arange(0, BLOCK_N)
     keys = start + columns
     key_base = key_ptr + tl.cast(start, tl.int64) * stride_kn
     value_base = value_ptr + tl.cast(start, tl.int64) * stride_vn
-    key = load_tile(key_base, columns, tl.arange(0, BLOCK_D), stride_kn, keys < N, D, BLOCK_D, MASKED)
-    value = load_tile(value_base, columns, tl.arange(0, BLOCK_DV), stride_vn, keys < N, DV, BLOCK_DV, MASKED)
+    key = load_tile(key_base, columns, tl.arange(0, BLOCK_D), stride_kn, keys < N, D, BLOCK_D)
+    value = load_tile(value_base, columns, tl.arange(0, BLOCK_DV), stride_vn, keys < N, DV, BLOCK_DV)
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
     weights = tl.exp2(logits - lse_log2[:, None])
-    if MASKED or HAS_VALID:
-        weights = tl.where(visible_keys(valid_ptr, keys, low, high, N, HAS_VALID, MASKED), weights, 0.0)
+    if edge:
+        weights = tl.where(visible_keys(valid_ptr, keys, low, high, N, HAS_VALID), weights, 0.0)
     grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
     grad_logits = weights * (grad_weights - delta[:, None])
     return tl.dot(grad_logits.to(key.dtype), key, accumulator, input_precision=PRECISION)
@@ -61,7 +69,7 @@ def flash_query_gradient(
     GROUP: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr, IS_SHORT: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries for BLOCK_M tokens of one head."""
@@ -79,8 +87,8 @@ def flash_query_gradient(
     query_base += tile_start.to(tl.int64) * stride_qt
     grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
     grad_base += tile_start.to(tl.int64) * stride_gt
-    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, stored, D, BLOCK_D, True)
-    grad = load_tile(grad_base, rows, tl.arange(0, BLOCK_DV), stride_gt, stored, DV, BLOCK_DV, True)
+    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, stored, D, BLOCK_D)
+    grad = load_tile(grad_base, rows, tl.arange(0, BLOCK_DV), stride_gt, stored, DV, BLOCK_DV)
     row = tl.program_id(1).to(tl.int64) * T + tokens
     lse = tl.load(lse_ptr + row, mask=stored, other=float("-inf"))
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)  # an empty row weighs nothing
@@ -94,36 +102,14 @@ def flash_query_gradient(
     initial_high = tl.where(last >= first, tl.minimum(initial if HAS_INITIAL else 0, low), 0) - 1
     loop_start, full_start, full_end, loop_end = tile_bounds(low, high, BLOCK_N)
     initial_end = (tl.max(initial_high) + BLOCK_N) // BLOCK_N * BLOCK_N
-    if IS_SHORT:
-        for step in range(0, initial_end + loop_end - loop_start, BLOCK_N):
-            start, step_low, step_high = short_step(step, initial_end, loop_start, initial_high, low, high)
-            accumulator = query_gradient_step(
-                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, step_low, step_high,
-                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
-            )  # fmt: skip
-    else:
-        if HAS_INITIAL:
-            for start in range(0, initial_end, BLOCK_N):
-                accumulator = query_gradient_step(
-                    accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, rows * 0,
-                    initial_high, N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID,
-                    True, PRECISION,
-                )  # fmt: skip
-        for start in range(loop_start, full_start, BLOCK_N):
-            accumulator = query_gradient_step(
-                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
-                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
-            )  # fmt: skip
-        for start in range(full_start, full_end, BLOCK_N):
-            accumulator = query_gradient_step(
-                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
-                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, False, PRECISION,
-            )  # fmt: skip
-        for start in range(full_end, loop_end, BLOCK_N):
-            accumulator = query_gradient_step(
-                accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, low, high,
-                N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, True, PRECISION,
-            )  # fmt: skip
+    initial_full = (tl.min(initial_high) + 1) // BLOCK_N * BLOCK_N
+    for step in range(0, initial_end + loop_end - loop_start, BLOCK_N):
+        start, step_low, step_high = range_step(step, initial_end, loop_start, initial_high, low, high)
+        edge = is_edge(step, start, initial_end, initial_full, full_start, full_end, HAS_VALID)
+        accumulator = query_gradient_step(
+            accumulator, query, grad, lse_log2, delta, key_base, value_base, valid_base, start, step_low, step_high,
+            edge, N, scale_log2, stride_kn, stride_vn, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_VALID, PRECISION,
+        )  # fmt: skip
     accumulator *= scale
 
     columns = tl.arange(0, BLOCK_D)
@@ -136,26 +122,29 @@ def flash_query_gradient(
 @triton.jit
 def key_gradient_step(
     grad_key, grad_value, key, value, query_ptr, grad_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, batch, keys,
-    key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2, stride_qt, stride_gt,
+    key_valid, tile_start, edge, T, S, N, window, local_blocks, initial, scale_log2, stride_qt, stride_gt,
     LENGTH: tl.constexpr, STRIDE: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, INITIAL_ONLY: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries' share in the gradients of a block of keys and values (scale left out)."""
+    """One tile of queries' share in the gradients of a block of keys and values (scale left out).
+
+    Unless at an `edge`, every query sees all of the keys.
+    """
     rows = tl.arange(0, BLOCK_M)
     tokens = tile_start + rows
     inside = tokens < T
     query_base = query_ptr + tl.cast(tile_start, tl.int64) * stride_qt
     grad_base = grad_ptr + tl.cast(tile_start, tl.int64) * stride_gt
-    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, inside, D, BLOCK_D, MASKED)
-    grad = load_tile(grad_base, rows, tl.arange(0, BLOCK_DV), stride_gt, inside, DV, BLOCK_DV, MASKED)
+    query = load_tile(query_base, rows, tl.arange(0, BLOCK_D), stride_qt, inside, D, BLOCK_D)
+    grad = load_tile(grad_base, rows, tl.arange(0, BLOCK_DV), stride_gt, inside, DV, BLOCK_DV)
     lse = tl.load(lse_ptr + tokens, mask=inside, other=float("-inf"))
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
     delta = tl.load(delta_ptr + tokens, mask=inside, other=0.0)
     logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2
     weights = tl.exp2(logits - lse_log2[None, :])
-    if MASKED:
+    if edge:
         first, last = token_interval(first_ptr, last_ptr, batch, tokens, T, T, S, IS_CAUSAL, HAS_INTERVAL)
         low, high = key_range(first, last, S, N, window, local_blocks, LENGTH, STRIDE, SELECTION_BLOCK)
         if INITIAL_ONLY:
@@ -223,7 +212,7 @@ def flash_key_gradient(
     SELECTION_BLOCK: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr,
-    HAS_VALID: tl.constexpr, HAS_BASE: tl.constexpr, INITIAL_ONLY: tl.constexpr, IS_SHORT: tl.constexpr,
+    HAS_VALID: tl.constexpr, HAS_BASE: tl.constexpr, INITIAL_ONLY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of keys and values, summed over HEADS query heads and one of `query_splits` token ranges.
@@ -247,8 +236,8 @@ def flash_key_gradient(
     value_base += key_start.to(tl.int64) * stride_vn
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
-    key = load_tile(key_base, columns, d, stride_kn, stored, D, BLOCK_D, True)
-    value = load_tile(value_base, columns, dv, stride_vn, stored, DV, BLOCK_DV, True)
+    key = load_tile(key_base, columns, d, stride_kn, stored, D, BLOCK_D)
+    value = load_tile(value_base, columns, dv, stride_vn, stored, DV, BLOCK_DV)
     if HAS_VALID:
         key_valid = tl.load(valid_ptr + batch.to(tl.int64) * N + keys, mask=stored, other=0) != 0
     else:
@@ -274,48 +263,21 @@ def flash_key_gradient(
     full_start = tl.minimum(tl.maximum(full_start, start), end)
     full_end = tl.minimum(tl.maximum(full_end, full_start), end)
     first_head = kv_head * GROUP + head_split * HEADS
-    if IS_SHORT:
-        # One loop over the heads' tiles: each has few, and would wait for memory anew in a loop of its own.
-        tiles = (end - start) // BLOCK_M
-        for step in range(HEADS * tiles):
-            head = first_head + step // tiles
-            query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-            grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-            rows = (batch * H + head).to(tl.int64) * T
-            tile_start = start + step % tiles * BLOCK_M
-            grad_key, grad_value = key_gradient_step(
-                grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows, first_ptr,
-                last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial, scale_log2,
-                stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, IS_CAUSAL,
-                HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
-            )  # fmt: skip
-    else:
-        for index in range(HEADS):
-            head = first_head + index
-            query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-            grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-            rows = (batch * H + head).to(tl.int64) * T
-            for tile_start in range(start, full_start, BLOCK_M):
-                grad_key, grad_value = key_gradient_step(
-                    grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows,
-                    first_ptr, last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial,
-                    scale_log2, stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV,
-                    BLOCK_M, IS_CAUSAL, HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
-                )  # fmt: skip
-            for tile_start in range(full_start, full_end, BLOCK_M):
-                grad_key, grad_value = key_gradient_step(
-                    grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows,
-                    first_ptr, last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial,
-                    scale_log2, stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV,
-                    BLOCK_M, IS_CAUSAL, HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, False, PRECISION,
-                )  # fmt: skip
-            for tile_start in range(full_end, end, BLOCK_M):
-                grad_key, grad_value = key_gradient_step(
-                    grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows,
-                    first_ptr, last_ptr, batch, keys, key_valid, tile_start, T, S, N, window, local_blocks, initial,
-                    scale_log2, stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV,
-                    BLOCK_M, IS_CAUSAL, HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, True, PRECISION,
-                )  # fmt: skip
+    # One loop over the tiles of all heads: each may have few, and would wait for memory anew in a loop of its own.
+    tiles = (end - start) // BLOCK_M
+    for step in range(HEADS * tiles):
+        head = first_head + step // tiles
+        query_base = query_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        grad_base = grad_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+        rows = (batch * H + head).to(tl.int64) * T
+        tile_start = start + step % tiles * BLOCK_M
+        edge = (tile_start < full_start) | (tile_start >= full_end)
+        grad_key, grad_value = key_gradient_step(
+            grad_key, grad_value, key, value, query_base, grad_base, lse_ptr + rows, delta_ptr + rows, first_ptr,
+            last_ptr, batch, keys, key_valid, tile_start, edge, T, S, N, window, local_blocks, initial, scale_log2,
+            stride_qt, stride_gt, LENGTH, STRIDE, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, IS_CAUSAL,
+            HAS_INTERVAL, HAS_VALID, INITIAL_ONLY, PRECISION,
+        )  # fmt: skip
 
     split = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * key_limit
     tl.store(

@@ -62,27 +62,18 @@ def key_range(
 
 
 @triton.jit
-def load_tile(
-    pointer, rows, columns, stride, row_mask, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
-):
+def load_tile(pointer, rows, columns, stride, row_mask, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Loads a [rows, columns] tile, zero where masked; `columns` is padded to BLOCK when COLUMNS is no power of two."""
     pointers = pointer + rows[:, None] * stride + columns[None, :]
     if COLUMNS == BLOCK:
-        if MASKED:
-            return tl.load(pointers, mask=row_mask[:, None], other=0.0)
-        return tl.load(pointers)
-    if MASKED:
-        return tl.load(pointers, mask=row_mask[:, None] & (columns < COLUMNS)[None, :], other=0.0)
-    return tl.load(pointers, mask=(columns < COLUMNS)[None, :], other=0.0)
+        return tl.load(pointers, mask=row_mask[:, None], other=0.0)
+    return tl.load(pointers, mask=row_mask[:, None] & (columns < COLUMNS)[None, :], other=0.0)
 
 
 @triton.jit
-def visible_keys(valid_ptr, keys, low, high, N, HAS_VALID: tl.constexpr, MASKED: tl.constexpr):
+def visible_keys(valid_ptr, keys, low, high, N, HAS_VALID: tl.constexpr):
     """Mask [rows, keys] of what each row sees of the given key indices."""
-    if MASKED:
-        seen = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
-    else:
-        seen = (keys[None, :] >= 0) & (low[:, None] >= 0)
+    seen = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])
     if HAS_VALID:
         seen = seen & (tl.load(valid_ptr + keys, mask=keys < N, other=0) != 0)[None, :]
     return seen
@@ -105,11 +96,22 @@ def tile_bounds(low, high, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def short_step(step, initial_end, loop_start, initial_high, low, high):
-    """Where a step of the one loop over a short range starts, and which keys count there: the initial ones come first.
+def range_step(step, initial_end, loop_start, initial_high, low, high):
+    """Where a step of the one loop over a range starts, and which keys count there: the initial ones come first.
 
-    A loop of its own for each part of a range of some blocks would wait for memory anew in each.
+    One loop, since one for each part of the range would wait for memory anew in each, and with several ptxas no longer
+    lets matrix products run while their inputs are on the way (its warning C7515).
     """
     is_initial = step < initial_end
     start = tl.where(is_initial, step, loop_start + step - initial_end)
     return start, tl.where(is_initial, 0, low), tl.where(is_initial, initial_high, high)
+
+
+@triton.jit
+def is_edge(step, start, initial_end, initial_full, full_start, full_end, HAS_VALID: tl.constexpr):
+    """Whether a step needs a mask, which costs half as much as the rest of its arithmetic.
+
+    All rows see the initial keys before `initial_full`, and those from `full_start` to before `full_end`.
+    """
+    is_cut = (start < full_start) | (start >= full_end)
+    return tl.where(step < initial_end, step >= initial_full, is_cut) | HAS_VALID

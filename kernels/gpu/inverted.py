@@ -46,10 +46,17 @@ def bounds_width(num_blocks):
 
 
 @triton.jit
-def block_entries(bounds_ptr, pair, block, num_blocks):
-    """Where a block's entries start and end in the order of a chunk's entries of one sequence and KV head."""
+def block_entries(bounds_ptr, pair, block, num_blocks, split, splits, SMALLEST: tl.constexpr):
+    """Where one of `splits` shares of a block's entries starts and ends, in the order of a chunk's entries of one pair.
+
+    Shares are equal, multiples of SMALLEST: a block with few entries has fewer shares, and the others are empty.
+    """
     bounds = bounds_ptr + pair.to(tl.int64) * bounds_width(num_blocks) + block
-    return tl.load(bounds), tl.load(bounds + 1)
+    start = tl.load(bounds)
+    end = tl.load(bounds + 1)
+    share = tl.cdiv(tl.cdiv(end - start, splits), SMALLEST) * SMALLEST
+    start = tl.minimum(start + split * share, end)
+    return start, tl.minimum(start + share, end)
 
 
 @triton.jit

@@ -47,9 +47,9 @@ class KeyGeometry:
         return {"LENGTH": self.length, "STRIDE": self.stride, "SELECTION_BLOCK": self.selection_block}
 
     @property
-    def is_short(self) -> bool:
-        """See `tiles.is_short`."""
-        return tiles.is_short(self.window, self.local_blocks, self.selection_block)
+    def is_cut(self) -> bool:
+        """Whether the range is cut to the end of the interval."""
+        return self.window + self.local_blocks > 0
 
 
 class Intervals(NamedTuple):
@@ -94,8 +94,9 @@ def head_constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int |
 
 def tile_sizes(stage: str, geometry: KeyGeometry, query: Tensor, value: Tensor) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages of a stage: "forward", "query_gradient" or "key_gradient"."""
-    is_cut = geometry.window + geometry.local_blocks > 0
-    return tiles.tiles_for(stage, is_cut, max(query.shape[-1], value.shape[-1]), query.element_size(), query.device)
+    return tiles.tiles_for(
+        stage, geometry.is_cut, max(query.shape[-1], value.shape[-1]), query.element_size(), query.device
+    )
 
 
 def flash_forward(
@@ -136,7 +137,7 @@ def flash_forward(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
         scale * LOG2_E,
-        HAS_INITIAL=geometry.initial > 0, IS_SHORT=geometry.is_short, HAS_BASE=has_base, LSE_ONLY=lse_only,
+        HAS_INITIAL=geometry.initial > 0, HAS_BASE=has_base, LSE_ONLY=lse_only,
         **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 
@@ -181,7 +182,7 @@ def flash_query_gradient(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
         scale, scale * LOG2_E,
-        HAS_INITIAL=geometry.initial > 0, IS_SHORT=geometry.is_short,
+        HAS_INITIAL=geometry.initial > 0,
         **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 
@@ -221,7 +222,7 @@ def flash_key_gradient(
     query_splits = 1
     if initial_only:
         query_splits = max(1, min(64, T // QUERIES_OF_A_SPLIT))
-    elif base is None and not geometry.is_short:
+    elif base is None and not geometry.is_cut:
         query_splits = max(1, min(MANY_PROGRAMS // (programs * head_splits), T // QUERIES_OF_A_SPLIT))
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 or initial_only else key.dtype
@@ -238,7 +239,6 @@ def flash_key_gradient(
         H, T, geometry.num_tokens, N, limit, geometry.window, geometry.local_blocks, geometry.initial, query_splits,
         1.0 if initial_only else scale, scale * LOG2_E,
         HEADS=group // head_splits, HAS_BASE=base is not None, INITIAL_ONLY=initial_only,
-        IS_SHORT=initial_only or geometry.is_short,
         **constants, **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
     if initial_only:

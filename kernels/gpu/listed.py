@@ -56,7 +56,7 @@ def attend_listed(
     partial_ptr, partial_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H_kv, T, S, num_blocks, window, local_blocks, initial, token_start, token_end, scale_log2,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SPLIT: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHARE: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -85,9 +85,7 @@ def attend_listed(
             return
     else:
         block = tl.program_id(0) // SUB
-        start, end = block_entries(bounds_ptr, pair, block, num_blocks)
-        start += tl.program_id(2) * SPLIT
-        end = tl.minimum(end, start + SPLIT)
+        start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(2), tl.num_programs(2), SHARE)
         if start >= end:
             return
     columns = tl.arange(0, BLOCK_S)
@@ -99,11 +97,9 @@ def attend_listed(
     inside = keys < key_end
     key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
     value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
-    key = load_tile(
-        key_base + tl.cast(key_start, tl.int64) * stride_kn, columns, d, stride_kn, inside, D, BLOCK_D, True
-    )
+    key = load_tile(key_base + tl.cast(key_start, tl.int64) * stride_kn, columns, d, stride_kn, inside, D, BLOCK_D)
     value = load_tile(
-        value_base + tl.cast(key_start, tl.int64) * stride_vn, columns, dv, stride_vn, inside, DV, BLOCK_DV, True
+        value_base + tl.cast(key_start, tl.int64) * stride_vn, columns, dv, stride_vn, inside, DV, BLOCK_DV
     )
     if HAS_VALID:
         inside = inside & (tl.load(valid_ptr + batch.to(tl.int64) * S + keys, mask=inside, other=0) != 0)
@@ -162,7 +158,7 @@ def listed_gradient(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gt,
     H_kv, T, S, num_blocks, window, local_blocks, token_start, token_end, scale, scale_log2,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHARE: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -171,8 +167,7 @@ def listed_gradient(
     """Gradients that pass through one block of keys, for the (token, slot) pairs that list it; MASKED as above.
 
     Adds to grad_key and grad_value [split, B, H_kv, S, ·] float32, the keys' without the scale; writes what the block
-    gives to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].  Each split takes an equal share of
-    the block's pairs.
+    gives to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].
     """
     pair = tl.program_id(1)
     batch = pair // H_kv
@@ -180,10 +175,7 @@ def listed_gradient(
     block = tl.program_id(0) // SUB
     sub = tl.program_id(0) % SUB
     chunk = token_end - token_start
-    start, end = block_entries(bounds_ptr, pair, block, num_blocks)
-    share = tl.cdiv(end - start, tl.num_programs(2))
-    start += tl.program_id(2) * share
-    end = tl.minimum(end, start + share)
+    start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(2), tl.num_programs(2), SHARE)
     if start >= end:
         return
     columns = tl.arange(0, BLOCK_S)
@@ -195,11 +187,9 @@ def listed_gradient(
     stored = inside
     key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
     value_base = value_ptr + batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
-    key = load_tile(
-        key_base + tl.cast(key_start, tl.int64) * stride_kn, columns, d, stride_kn, inside, D, BLOCK_D, True
-    )
+    key = load_tile(key_base + tl.cast(key_start, tl.int64) * stride_kn, columns, d, stride_kn, inside, D, BLOCK_D)
     value = load_tile(
-        value_base + tl.cast(key_start, tl.int64) * stride_vn, columns, dv, stride_vn, inside, DV, BLOCK_DV, True
+        value_base + tl.cast(key_start, tl.int64) * stride_vn, columns, dv, stride_vn, inside, DV, BLOCK_DV
     )
     if HAS_VALID:
         inside = inside & (tl.load(valid_ptr + batch.to(tl.int64) * S + keys, mask=inside, other=0) != 0)

@@ -20,8 +20,8 @@ from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
 BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
-MOST_SPLITS = 8  # of a block's list entries in the backward pass
-SPLIT = 512  # list entries of one block that a forward program handles
+MOST_SPLITS = 8  # of a block's list entries: some blocks are listed by most tokens
+SHARE = 64  # list entries of a split, or a multiple: a program that loads a block for fewer gains nothing
 
 
 def selected_attention(
@@ -101,6 +101,13 @@ def _cuts_blocks(geometry: KeyGeometry, intervals: Intervals) -> bool:
     whole = intervals.first is None and intervals.valid is None and not geometry.empty and not geometry.window
     size, sub = _sub_block(geometry.selection_block)
     return not whole or size * sub != geometry.selection_block
+
+
+def _seen_blocks(intervals: Intervals, geometry: KeyGeometry, end: int) -> int:
+    """How many blocks, from the first on, can be routed in the lists of tokens before `end`."""
+    # Where another kernel handles the keys before each token, blocks that start later are not routed.
+    is_cut = intervals.first is None and intervals.is_causal and not geometry.empty
+    return triton.cdiv(min(end, geometry.num_tokens) if is_cut else geometry.num_tokens, geometry.selection_block)
 
 
 def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool) -> dict[str, int]:
@@ -210,13 +217,13 @@ def listed_forward(
                 grid = (chunk * n * sub, B * H_kv)
             else:
                 order, bounds = inverted.order, inverted.bounds[index]
-                grid = (num_blocks * sub, B * H_kv, triton.cdiv(chunk, SPLIT))
+                grid = (_seen_blocks(intervals, geometry, end) * sub, B * H_kv, MOST_SPLITS)
             listed.attend_listed[grid](
                 query, key, value, *intervals.pointers(query), block_indices, order, bounds, partial, partial_lse,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
                 H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, geometry.initial, start, end,
                 scale * launch.LOG2_E,
-                SPLIT=SPLIT, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
+                SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
                 HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip
@@ -267,13 +274,13 @@ def listed_backward(
     inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries else None
     for index, (start, end) in enumerate(chunks):
         if inverted is not None:
-            listed.listed_gradient[(num_blocks * sub, B * H_kv, splits)](
+            listed.listed_gradient[(_seen_blocks(intervals, geometry, end) * sub, B * H_kv, splits)](
                 query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds[index], grad, lse, delta,
                 partial, grad_key, grad_value,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
                 H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, start, end,
                 scale, scale * launch.LOG2_E,
-                SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
+                SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
                 HAS_DENSE=not geometry.empty, MASKED=_cuts_blocks(geometry, intervals),
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip

@@ -53,7 +53,7 @@ def block_scores(
     inside = in_block & (keys < N)
     key_base = key_ptr + batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
     key = load_tile(
-        key_base + tl.cast(tile_low, tl.int64) * stride_kn, keys - tile_low, d, stride_kn, inside, D, BLOCK_D, True
+        key_base + tl.cast(tile_low, tl.int64) * stride_kn, keys - tile_low, d, stride_kn, inside, D, BLOCK_D
     )
     if HAS_VALID:
         inside = inside & (tl.load(valid_ptr + batch.to(tl.int64) * N + keys, mask=inside, other=0) != 0)
@@ -62,7 +62,7 @@ def block_scores(
     probability = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for member in range(GROUP):
         head = (kv_head * GROUP + member).to(tl.int64)
-        query = load_tile(query_base + head * stride_qh, rows, d, stride_qt, stored, D, BLOCK_D, True)
+        query = load_tile(query_base + head * stride_qh, rows, d, stride_qt, stored, D, BLOCK_D)
         lse = tl.load(lse_ptr + (batch.to(tl.int64) * (H_kv * GROUP) + head) * T + tokens, mask=stored, other=0.0)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
         probability += tl.exp2(logits - (lse * 1.4426950408889634)[:, None])

@@ -8,14 +8,12 @@ lse; `store_output` is where Inductor puts the store of the output, or whatever 
 The output is laid out in memory as [B, T, H, D_v], what models want next: gates, sum, transpose and cast then run over
 the same flat index as the template's store, and so fuse under symbolic sizes too.
 
-Compile-time constants are H, WINDOW, IS_CAUSAL, SCALE_LOG2, those of `tiles.head_sizes` and of `tiles_for`; IS_SHORT,
-which follows from them; and LOCAL_BLOCKS, INITIAL and SELECTION_BLOCK, which may be left out.
+Compile-time constants are H, WINDOW, IS_CAUSAL, SCALE_LOG2, those of `tiles.head_sizes` and of `tiles_for`; and
+LOCAL_BLOCKS, INITIAL and SELECTION_BLOCK, which may be left out.
 """
 
 import dataclasses
 from typing import Any
-
-from nsa_compile.kernels.gpu import tiles
 
 _SOURCE = """{{{{def_kernel({arguments})}}}}
     T = tl.cast({{{{size("QUERY", 2)}}}}, tl.int32)
@@ -31,7 +29,7 @@ _SOURCE = """{{{{def_kernel({arguments})}}}}
         stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
         batch, head, tile, H, T, S, S, WINDOW, LOCAL_BLOCKS, tl.minimum(INITIAL, S), SCALE_LOG2,
         GROUP, 1, 1, SELECTION_BLOCK, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, IS_CAUSAL,
-        {has_interval}, {has_valid}, INITIAL > 0, IS_SHORT, {has_base}, False, PRECISION,
+        {has_interval}, {has_valid}, INITIAL > 0, {has_base}, False, PRECISION,
     )
     tokens = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(LSE + tl.program_id(1).to(tl.int64) * T + tokens, lse, mask=tokens < T)
@@ -84,9 +82,6 @@ class RangeTemplate:
     def constants(self, **given: Any) -> dict[str, Any]:
         """Returns the compile-time constants as the template takes them: numbers, and code for strings."""
         constants = {"LOCAL_BLOCKS": 0, "INITIAL": 0, "SELECTION_BLOCK": 1, **given}
-        constants["IS_SHORT"] = tiles.is_short(
-            constants["WINDOW"], constants["LOCAL_BLOCKS"], constants["SELECTION_BLOCK"]
-        )
         return {name: repr(value) if isinstance(value, str) else value for name, value in constants.items()}
 
     @property

@@ -21,14 +21,6 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-SHORT = 1024  # keys of a range
-
-
-def is_short(window: int, local_blocks: int, selection_block: int) -> bool:
-    """Whether a range of keys is cut so short that one loop over it, masked throughout, beats a loop for each part."""
-    return 0 < max(window, local_blocks * selection_block) <= SHORT
-
-
 # (stage, range of keys is cut to a window) -> BLOCK_M, BLOCK_N, warps, stages: 16-bit, head size up to 128, measured on
 # an H100 (NOTES.md).
 _HOPPER_TILES = {

@@ -15,13 +15,13 @@ from torch import Tensor
 from nsa_compile.kernels import reference
 from nsa_compile.kernels.blockwise import branches
 from nsa_compile.kernels.compression import mean_compress
-from nsa_compile.kernels.gpu import compressed, inverted, joint, launch, selected, selection, tiles, window
+from nsa_compile.kernels.gpu import compressed, inverted, joint, launch, selected, selection, window
 
 SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
 # Scales that are not 1/√D.
 SCALES = {"negative_scale": -0.3, "no_scale": 0.0}
-# Cases whose windows and local blocks are handled as long ranges are: a loop for each part.
-LONG = {"long_ranges", "long_ranges_padded"}
+# Windows that tiles of keys fit into, which then need no mask.
+WINDOWS = {"long_ranges": 130}
 # name: B, H, H_kv, T, S, D, D_v, dtype, visibility, bytes of partial outputs (small: several chunks, inverted lists)
 CASES = {
     "causal": (1, 4, 2, 70, 70, 16, 16, torch.float32, "causal", 1 << 30),
@@ -33,8 +33,7 @@ CASES = {
     "negative_scale": (1, 2, 1, 50, 50, 16, 16, torch.float32, "padded", 1),
     "no_scale": (1, 2, 1, 50, 50, 16, 16, torch.float32, "causal", 1 << 30),
     "more_heads_than_rows": (1, 68, 1, 40, 40, 16, 16, torch.float32, "causal", 1),
-    "long_ranges": (1, 4, 2, 90, 90, 16, 16, torch.float32, "causal", 1),
-    "long_ranges_padded": (1, 2, 1, 40, 40, 16, 16, torch.float32, "padded", 1),
+    "long_ranges": (1, 2, 1, 270, 270, 16, 16, torch.float32, "causal", 1),
     "float16": (1, 4, 1, 64, 64, 16, 16, torch.float16, "causal", 1),
 }
 # name: B, H_kv, T, n, blocks, different blocks, tokens of a chunk, list entries of a tile, bytes of counts, visibility
@@ -69,12 +68,13 @@ def run(
     visibility: str,
     limit: int,
     scale: float | None = None,
+    width: int = 20,
 ) -> dict:
     torch.manual_seed(torch.seed() % 2**31)
     selected.PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
     # Few enough shares that each has something to do.
-    launch.QUERIES_OF_A_SPLIT, selected.MOST_SPLITS = (20, 3) if limit == 1 else (2048, 8)
+    launch.QUERIES_OF_A_SPLIT, selected.MOST_SPLITS, selected.SHARE = (20, 3, 4) if limit == 1 else (2048, 8, 64)
     query = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2)
     key, value = (torch.randn(B, S, H_kv, size, dtype=dtype).transpose(1, 2) for size in (D, DV))
     scale, compression = D**-0.5 if scale is None else scale, SIZES["compression"]
@@ -110,7 +110,7 @@ def run(
     compare(
         "compressed_attention", compressed, (query, compressed_key, compressed_value), whole, base | numbers, numbers
     )
-    compare("window_attention", window, (query, key, value), valid, {**base, "window": 20}, {"window": 20})
+    compare("window_attention", window, (query, key, value), valid, {**base, "window": width}, {"window": width})
     choice = {"selection_block": 16, "num_selected": 4, "num_initial": 1, "num_local": 2}
     lists = reference.select_blocks(query, compressed_key, scale=scale, **numbers, **choice, **sight)
     if valid is None:
@@ -121,7 +121,7 @@ def run(
     forced = {"num_initial": 1, "num_local": 2}
     blocks = {"selection_block": 16}
     compare("selected_attention", selected, (query, key, value, lists), valid, {**base, **blocks, **forced}, blocks)
-    both = {**blocks, "window": 20}
+    both = {**blocks, "window": width}
     compare("joint_attention", joint, (query, key, value, lists), valid, {**base, **both, **forced}, both)
     listed = (query, key, value, lists, first, last, valid)
     output, lse = joint.joint_listed(*listed, **base, **both, **forced)
@@ -165,10 +165,9 @@ def invert(
 
 
 if __name__ == "__main__":
-    short = tiles.SHORT
     for name, case in CASES.items():
-        tiles.SHORT = 0 if name in LONG else short
-        sys.stdout.write(json.dumps({"case": name, "errors": run(*case, scale=SCALES.get(name))}) + "\n")
+        errors = run(*case, scale=SCALES.get(name), width=WINDOWS.get(name, 20))
+        sys.stdout.write(json.dumps({"case": name, "errors": errors}) + "\n")
         sys.stdout.flush()
     for name, case in LISTS.items():
         sys.stdout.write(json.dumps({"case": name, "errors": invert(*case)}) + "\n")

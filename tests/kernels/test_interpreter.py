@@ -21,7 +21,6 @@ CASES = (
     "no_scale",
     "more_heads_than_rows",
     "long_ranges",
-    "long_ranges_padded",
     "float16",
 )
 LISTS = (
