@@ -167,7 +167,7 @@ def _attend_range(
         **tiles.head_sizes(num_heads // num_kv_heads, size, value_size, dtype),
         **constants,
     )
-    candidates = tiles.forward_candidates(max(size, value_size), dtype.itemsize, device)
+    candidates = tiles.forward_candidates(tiles.width(size, value_size), dtype.itemsize, device)
     choices: list[Any] = []
     for candidate in candidates if tools.autotunes else candidates[:1]:
         template.maybe_append_choice(

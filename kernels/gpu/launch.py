@@ -94,9 +94,8 @@ def head_constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int |
 
 def tile_sizes(stage: str, geometry: KeyGeometry, query: Tensor, value: Tensor) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages of a stage: "forward", "query_gradient" or "key_gradient"."""
-    return tiles.tiles_for(
-        stage, geometry.is_cut, max(query.shape[-1], value.shape[-1]), query.element_size(), query.device
-    )
+    width = tiles.width(query.shape[-1], value.shape[-1])
+    return tiles.tiles_for(stage, geometry.is_cut, width, query.element_size(), query.device)
 
 
 def flash_forward(

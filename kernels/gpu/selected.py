@@ -112,17 +112,17 @@ def _seen_blocks(intervals: Intervals, geometry: KeyGeometry, end: int) -> int:
 
 def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool) -> dict[str, int]:
     """Rows (pairs x heads), heads handled together, warps, stages and registers of the listed kernels."""
-    width = max(triton.next_power_of_2(query.shape[-1]), triton.next_power_of_2(value.shape[-1]))
+    width = tiles.width(query.shape[-1], value.shape[-1])
     limit = {}
-    if query.element_size() > 2 or width > 128:
+    if query.element_size() > 2:
         rows, warps, stages = 64, 4, 1
     elif not tiles.is_hopper(query.device):
-        rows, warps, stages = (64, 8, 2) if backward else (64, 4, 1)
+        rows, warps, stages = (64, 8, 2) if backward and width <= 256 else (64, 4, 1)
     elif backward:
-        rows, warps, stages = 128, 8, 2
+        rows, warps, stages = ((128, 4, 2), (128, 8, 2), (64, 8, 2), (64, 8, 1))[(width - 1) // 128]
     else:
         rows, warps, stages = 64, 4, 1
-        limit = {"maxnreg": 168}  # three programs a multiprocessor
+        limit = {"maxnreg": 168} if width <= 256 else {}  # three programs a multiprocessor
     group_block = min(group, rows)
     if direct:
         rows = max(16, triton.next_power_of_2(group_block))

@@ -21,24 +21,21 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-# (stage, range of keys is cut to a window) -> BLOCK_M, BLOCK_N, warps, stages: 16-bit, head size up to 128, measured on
-# an H100 (NOTES.md).
+# (stage, range of keys is cut to a window) -> by width (see `width`) up to 128, 256, 384, 512: BLOCK_M, BLOCK_N, warps,
+# stages; 16-bit, measured on an H200 (NOTES.md).
 _HOPPER_TILES = {
-    ("forward", False): (128, 128, 8, 3),
-    ("forward", True): (64, 64, 4, 3),
-    ("query_gradient", False): (128, 64, 8, 3),
-    ("query_gradient", True): (64, 64, 4, 2),
-    ("key_gradient", False): (64, 128, 8, 3),
-    ("key_gradient", True): (32, 128, 8, 3),
+    ("forward", False): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
+    ("forward", True): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
+    ("query_gradient", False): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
+    ("query_gradient", True): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)),
+    ("key_gradient", False): ((64, 64, 4, 3), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 8, 2)),
+    ("key_gradient", True): ((64, 64, 4, 3), (32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
 }
-# Without Hopper's shared memory, or with heads up to 256: the same for both kinds of range.
+# Without Hopper's shared memory: the same for both kinds of range; widths up to 256, and above.
 _SMALLER_TILES = {
-    ("forward", 128): (128, 64, 8, 2),
-    ("forward", 256): (64, 64, 8, 2),
-    ("query_gradient", 128): (128, 64, 8, 2),
-    ("query_gradient", 256): (64, 32, 8, 2),
-    ("key_gradient", 128): (64, 128, 8, 2),
-    ("key_gradient", 256): (32, 64, 8, 2),
+    "forward": ((128, 64, 8, 2), (64, 64, 8, 2)),
+    "query_gradient": ((128, 64, 8, 2), (64, 32, 8, 2)),
+    "key_gradient": ((64, 128, 8, 2), (32, 64, 8, 2)),
 }
 
 
@@ -47,28 +44,33 @@ _FORWARD_CANDIDATES = ((64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 3), (128, 6
 _SMALLER_FORWARD_CANDIDATES = ((64, 32, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1))
 
 
+def width(size: int, value_size: int) -> int:
+    """Numbers that a kernel holds of a token's key and value: D and D_v as powers of two."""
+    return sum(max(16, triton.next_power_of_2(each)) for each in (size, value_size))
+
+
 def tiles_for(stage: str, is_cut: bool, width: int, element_size: int, device: torch.device) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages of a stage.
 
     Args:
         stage: "forward", "query_gradient" or "key_gradient".
         is_cut: the range of keys is cut to a window.
-        width: the larger head size.
+        width: what `width` returns, at most 512.
         element_size: bytes of a number.
         device: where the kernel runs.
     """
     if element_size > 2:
-        sizes = (64, 32, 4, 2) if width <= 128 else (32, 16, 4, 1)
-    elif width <= 128 and is_hopper(device):
-        sizes = _HOPPER_TILES[stage, is_cut]
+        sizes = (64, 32, 4, 2) if width <= 256 else (32, 16, 4, 1)
+    elif is_hopper(device):
+        sizes = _HOPPER_TILES[stage, is_cut][(width - 1) // 128]
     else:
-        sizes = _SMALLER_TILES[stage, 128 if width <= 128 else 256]
+        sizes = _SMALLER_TILES[stage][width > 256]
     return _named(sizes)
 
 
 def forward_candidates(width: int, element_size: int, device: torch.device) -> list[dict[str, int]]:
     """Tile sizes of a forward pass over a window that are worth timing, the default first; see `tiles_for`."""
-    small = width > 128 or element_size > 2 or not is_hopper(device)
+    small = width > 256 or element_size > 2 or not is_hopper(device)
     others = map(_named, _SMALLER_FORWARD_CANDIDATES if small else _FORWARD_CANDIDATES)
     default = tiles_for("forward", True, width, element_size, device)
     return [default, *(sizes for sizes in others if sizes != default)]

@@ -216,7 +216,7 @@ def test_max_autotune_chooses_among_our_tiles_on_valid_inputs(monkeypatch):
     code = _window_code(torch.bfloat16, 64, max_autotune=True)
     ((name, choices, fills),) = seen
     monkeypatch.setattr(tiles, "is_hopper", lambda device: True)
-    candidates = tiles.forward_candidates(64, 2, torch.device("cuda"))
+    candidates = tiles.forward_candidates(tiles.width(64, 64), 2, torch.device("cuda"))
     assert name == "nsa_range_interval_valid"
     assert len(choices) == len(candidates) > 3
     assert f"BLOCK_M : tl.constexpr = {candidates[-1]['BLOCK_M']}" in generated.template_kernel(code)
