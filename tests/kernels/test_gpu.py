@@ -21,6 +21,7 @@ CASES = {
     "grouped": (8, 2, 1111, 1111, 128, 128, torch.bfloat16, "causal"),
     "one_kv_head": (16, 1, 777, 777, 64, 64, torch.float16, "intervals"),
     "smollm2": (9, 3, 1000, 1000, 64, 64, torch.bfloat16, "padded"),
+    "narrow_head": (8, 1, 1500, 1500, 64, 64, torch.bfloat16, "causal"),
     "multi_head_wide_query": (4, 4, 600, 600, 192, 128, torch.bfloat16, "causal"),
     "float32": (4, 2, 500, 700, 64, 64, torch.float32, "intervals"),
     "odd_head_size": (6, 2, 2000, 2000, 80, 96, torch.bfloat16, "causal"),
