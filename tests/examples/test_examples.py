@@ -59,7 +59,7 @@ def test_train_a_tiny_model_learns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_attach_and_train_begins_where_the_dense_model_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    losses = load("attach_and_train").main(["--dense-steps", "8", "--native-steps", "6"])
+    losses = load("attach_and_train").main(["--dense-steps", "8", "--native-steps", "12"])
     assert losses["native, as attached"] == pytest.approx(losses["dense"], abs=0.02)
     assert losses["native, trained on"] < losses["native, as attached"] - 0.1
     assert losses["saved and loaded"] == pytest.approx(losses["native, trained on"], abs=1e-6)

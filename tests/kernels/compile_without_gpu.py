@@ -5,13 +5,17 @@ The launch code runs as it is, on CPU tensors; each kernel call compiles to mach
 
 import contextlib
 import dataclasses
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 # Bytes of shared memory that one program may have.
@@ -27,12 +31,24 @@ class CompiledKernel:
         shared: shared memory of a program, bytes.
         warpgroup_mma: it uses Hopper's matrix instructions.
         pipelined: loads of a loop run ahead of the computation.
+        assembly: PTX.
     """
 
     name: str
     shared: int
     warpgroup_mma: bool
     pipelined: bool
+    assembly: str
+
+    def is_serialized(self) -> bool:
+        """Whether ptxas makes Hopper's matrix products wait for each other, about which it warns only."""
+        ptxas = get_ptxas(90).path
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(self.assembly)
+            command = [ptxas, "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder) / "kernel.cubin")]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return "C7515" in done.stdout + done.stderr
 
 
 class _Driver:
@@ -66,7 +82,7 @@ def compile_only(capability: int) -> Iterator[list[CompiledKernel]]:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         assembly = kernel.asm["ptx"]
         compiled.append(
-            CompiledKernel(self.__name__, kernel.metadata.shared, "wgmma" in assembly, "cp.async" in assembly)
+            CompiledKernel(self.__name__, kernel.metadata.shared, "wgmma" in assembly, "cp.async" in assembly, assembly)
         )
 
     driver = triton.runtime.driver

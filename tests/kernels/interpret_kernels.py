@@ -50,7 +50,7 @@ LISTS = {
 def error(actual: Tensor, expected: Tensor) -> float:
     """Relative error, or the absolute one where that is smaller than rounding; NaN counts as infinite."""
     difference = (actual.double() - expected).norm()
-    if difference < 1e-6:
+    if difference < 1e-5:  # of gradients that are 0, where every query sees one key at most
         return 0.0
     value = (difference / expected.norm().clamp_min(1e-30)).item()
     return value if value == value else float("inf")
