@@ -26,7 +26,7 @@ def _compiler() -> ModuleType:
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, torch.float16), (90, torch.bfloat16)], ids=["sm_80", "sm_90"])
 def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_compile.kernels.gpu import joint, selected, selection, tiles, window
+    from nsa_compile.kernels.gpu import compressed, joint, selected, selection, tiles, window
 
     compiler = _compiler()
     monkeypatch.setattr(tiles, "is_hopper", lambda device: capability >= 90)
@@ -41,6 +41,9 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
     with compiler.compile_only(capability) as compiled:
         output, lse = window.window_attention(query, key, key, *nothing, **causal, window=512)
         window.window_attention_backward(output, query, key, key, *nothing, output, lse, **causal, window=512)
+        compressed_tensors = (query, compressed_key, compressed_key, *nothing)
+        compressed.compressed_attention(*compressed_tensors, **causal, **compression)
+        compressed.compressed_attention_backward(output, *compressed_tensors, output, lse, **causal, **compression)
         blocks = {"selection_block": 64, **forced}
         selection.select_blocks(
             query, compressed_key, None, *nothing, None, **causal, **compression, **blocks, num_selected=16
