@@ -1,4 +1,4 @@
-"""Makes a pretrained dense model a native sparse one: attaches learned parts, trains briefly, and shows the gap close.
+"""Makes a pretrained dense model a native sparse one: attaches learned parts, trains briefly, and shows the gap left.
 
 The model is SmolLM2-135M-Instruct (see quickstart.py), the text the sources of installed packages, some of which are
 held out.  The table has the negative log-likelihood on held-out text of the dense model, of joint mode, which needs no

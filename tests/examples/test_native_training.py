@@ -98,6 +98,17 @@ def test_train_from_scratch_joins_the_runs_of_two_processes(tmp_path: Path) -> N
     assert "--out" in str(raised.value)
 
 
+def test_train_from_scratch_takes_the_papers_compression() -> None:
+    pytest.importorskip("tokenizers")
+    example = load("train_from_scratch")
+    gpu = ["--device", "cuda"]  # the toy's blocks are too small for it
+    given = ["--block-length", "32", "--block-stride", "16", "--branch-kv", "independent"]
+    config = example.parse([*gpu, *given]).config
+    assert (config.block_length, config.block_stride, config.branch_kv) == (32, 16, "independent")
+    config = example.parse([*gpu, "--block-length", "8"]).config
+    assert (config.block_length, config.block_stride, config.branch_kv) == (8, 8, "shared")
+
+
 def test_train_from_scratch_keeps_each_stage_of_a_run_that_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
