@@ -1,5 +1,6 @@
-"""A retrieval task inside ordinary text: a fact is stated, and much later its statement has to be completed."""
+"""A retrieval task inside ordinary text: a fact is stated, and later its statement has to be completed."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 # Digits of a key; the tokenizer gives each a token of its own.
 DIGITS = 5
+# Tokens of text between a fact's two statements, at least.
+NEAREST = 16
 
 Encode = Callable[[str], list[int]]
 
@@ -28,7 +31,9 @@ def draw_fact(encode: Encode, draw: random.Random) -> tuple[list[int], list[int]
 
 
 def plant(text: Tensor, encode: Encode, count: int, draw: random.Random) -> Tensor:
-    """States facts at random places of a text, each twice.
+    """States facts in a text, each twice: near and far apart equally often, as text repeats itself.
+
+    The distance between the two is log-uniform, up to the whole text, and the place of the pair uniform.
 
     Args:
         text: `[T]`.
@@ -44,9 +49,13 @@ def plant(text: Tensor, encode: Encode, count: int, draw: random.Random) -> Tens
     room = len(text) - 2 * sum(map(len, statements))
     if room < 0:
         raise ValueError(f"{len(text)} tokens have no room for {count} facts; give longer texts or fewer facts.")
-    places = sorted((draw.randrange(room + 1), statement) for statement in [*statements, *statements])
+    places = []
+    for statement in statements:
+        distance = min(room, round(math.exp(draw.uniform(math.log(NEAREST), math.log(max(NEAREST, room))))))
+        first = draw.randrange(room - distance + 1)
+        places += [(first, statement), (first + distance, statement)]
     parts, position = [], 0
-    for place, statement in places:
+    for place, statement in sorted(places):
         parts += [text[position:place], torch.tensor(statement)]
         position = place
     return torch.cat([*parts, text[position:room]])

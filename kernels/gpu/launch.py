@@ -213,16 +213,14 @@ def flash_key_gradient(
     if initial_only:
         sizes["BLOCK_N"] = min(sizes["BLOCK_N"], max(16, triton.next_power_of_2(limit)))
     tiles = triton.cdiv(limit, sizes["BLOCK_N"])
-    # Few key tiles (compressed tokens, initial blocks) leave the device idle: split the sum over heads, then over
-    # queries, and add the parts in a fixed order afterwards.  Not by the batch, or a sequence's gradients would depend
-    # on the others.
     programs = max(1, tiles * H_kv)
-    head_splits = group if base is None and programs < MANY_PROGRAMS else 1
-    query_splits = 1
+    head_splits = query_splits = 1
+    if base is None:
+        head_splits, query_splits = gradient_splits(programs, group, T)
     if initial_only:
         query_splits = max(1, min(64, T // QUERIES_OF_A_SPLIT))
-    elif base is None and not geometry.is_cut:
-        query_splits = max(1, min(MANY_PROGRAMS // (programs * head_splits), T // QUERIES_OF_A_SPLIT))
+    elif geometry.is_cut:
+        query_splits = 1
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 or initial_only else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, limit, D), dtype=dtype)
@@ -245,6 +243,16 @@ def flash_key_gradient(
     if splits == 1:
         return grad_key[0], grad_value[0]
     return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+
+
+def gradient_splits(programs: int, group: int, num_queries: int) -> tuple[int, int]:
+    """Into how many parts the sum for keys' gradients is split over the G heads of a group, and over T queries.
+
+    Few tiles of keys (compressed tokens, initial blocks) leave the device idle; the parts are added in a fixed order
+    afterwards.  `programs` are those of a sequence, not of a batch, or its gradients would depend on the others.
+    """
+    head_splits = group if programs < MANY_PROGRAMS else 1
+    return head_splits, max(1, min(MANY_PROGRAMS // (programs * head_splits), num_queries // QUERIES_OF_A_SPLIT))
 
 
 def _query_ranges(

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_compile.kernels.gpu import launch
+from nsa_compile.kernels.gpu.compressed import compressed_lse
 from nsa_compile.kernels.gpu.flash import key_range, load_tile, token_interval
 
 SCORE_BYTES = 1 << 28  # a chunk's scores: bounds extra memory
@@ -180,7 +181,7 @@ def select_blocks(
     when None.  Intervals are tightened to valid keys.
     """
     query, compressed_key = launch.contiguous_rows(query), launch.contiguous_rows(compressed_key)
-    B, H, T, _ = query.shape
+    B, _, T, _ = query.shape
     H_kv, N = compressed_key.shape[1], compressed_key.shape[2]
     num_blocks = triton.cdiv(num_keys, selection_block)
     output = query.new_empty((B, H_kv, T, num_selected), dtype=torch.int32)
@@ -191,8 +192,7 @@ def select_blocks(
     intervals = launch.Intervals(first_key, last_key, compressed_valid, is_causal)
     geometry = launch.KeyGeometry(num_keys, block_length, block_stride)
     if lse is None and N:
-        lse = query.new_empty((B, H, T), dtype=torch.float32)
-        launch.flash_forward(query, compressed_key, compressed_key, intervals, geometry, scale, None, lse)
+        lse = compressed_lse(query, compressed_key, intervals, geometry, scale)
     first, last, compressed = intervals.pointers(query)
     constants = intervals.constants()
     heads = launch.head_constants(query, compressed_key, compressed_key)

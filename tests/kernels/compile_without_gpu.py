@@ -5,6 +5,7 @@ The launch code runs as it is, on CPU tensors; each kernel call compiles to mach
 
 import contextlib
 import dataclasses
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ class CompiledKernel:
         shared: shared memory of a program, bytes.
         warpgroup_mma: it uses Hopper's matrix instructions.
         pipelined: loads of a loop run ahead of the computation.
+        bulk_copies: tiles are copied to shared memory by Hopper's unit for it.
         assembly: PTX.
     """
 
@@ -38,17 +40,25 @@ class CompiledKernel:
     shared: int
     warpgroup_mma: bool
     pipelined: bool
+    bulk_copies: bool
     assembly: str
 
     def is_serialized(self) -> bool:
         """Whether ptxas makes Hopper's matrix products wait for each other, about which it warns only."""
+        return re.search("C751[0-9]", self._assemble()) is not None
+
+    def spills(self) -> bool:
+        """Whether ptxas, for Hopper, keeps registers in memory."""
+        return re.search("[1-9][0-9]* bytes spill", self._assemble()) is not None
+
+    def _assemble(self) -> str:
         ptxas = get_ptxas(90).path
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "kernel.ptx"
             source.write_text(self.assembly)
             command = [ptxas, "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder) / "kernel.cubin")]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return "C7515" in done.stdout + done.stderr
+        return done.stdout + done.stderr
 
 
 class _Driver:
@@ -81,9 +91,8 @@ def compile_only(capability: int) -> Iterator[list[CompiledKernel]]:
     def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         assembly = kernel.asm["ptx"]
-        compiled.append(
-            CompiledKernel(self.__name__, kernel.metadata.shared, "wgmma" in assembly, "cp.async" in assembly, assembly)
-        )
+        has = [word in assembly for word in ("wgmma", "cp.async", "cp.async.bulk.tensor")]
+        compiled.append(CompiledKernel(self.__name__, kernel.metadata.shared, *has, assembly))
 
     driver = triton.runtime.driver
     with contextlib.ExitStack() as stack:

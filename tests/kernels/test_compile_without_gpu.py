@@ -102,6 +102,28 @@ def test_other_head_sizes_fit_in_shared_memory(size: int, value_size: int, monke
     assert _over(compiled, 90, compiler) == {}
 
 
+@pytest.mark.parametrize(("size", "value_size"), [(128, 128), (64, 64), (64, 128), (128, 64)])
+def test_hopper_kernels_overlap_their_products_and_do_not_spill(size: int, value_size: int) -> None:
+    from nsa_compile.kernels.gpu import launch
+    from nsa_compile.kernels.gpu.hopper import launch as hopper
+
+    compiler = _compiler()
+    query, key = torch.empty(1, 8, 1024, size).half(), torch.empty(1, 2, 255, size).half()
+    value = torch.empty(1, 2, 255, value_size).half()
+    geometry = launch.KeyGeometry(1024, 4, 4)
+    output, lse = launch.new_output(query, value), torch.empty(1, 8, 1024)
+    with compiler.compile_only(90) as compiled:
+        hopper.flash_forward(query, key, value, geometry, True, 0.1, output, lse)
+        hopper.flash_forward(query, key, value, geometry, True, 0.1, None, lse)
+        hopper.flash_query_gradient(query, key, value, geometry, True, 0.1, output, lse, lse)
+        hopper.flash_key_gradient(query, key, value, geometry, True, 0.1, output, lse, lse)
+    names = ["compressed_forward", "compressed_forward", "compressed_query_gradient", "compressed_key_gradient"]
+    assert [kernel.name for kernel in compiled] == names
+    assert _over(compiled, 90, compiler) == {}
+    assert all(kernel.warpgroup_mma and kernel.bulk_copies for kernel in compiled)
+    assert not any(kernel.is_serialized() or kernel.spills() for kernel in compiled)
+
+
 def _over(compiled: list, capability: int, compiler: ModuleType) -> dict[str, int]:
     """Kernels that need more shared memory than a program may have."""
     limit = compiler.SHARED_MEMORY_LIMIT[capability]

@@ -1,0 +1,125 @@
+"""The Hopper kernels of compressed attention on a GPU, against the float64 reference on fresh random inputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_compile import NSAConfig, nsa_attention
+from nsa_compile.kernels import reference
+from nsa_compile.kernels.compression import count_compressed
+
+pytestmark = pytest.mark.gpu
+
+BUDGET = {torch.float16: 6e-4, torch.bfloat16: 5e-3}
+
+# B, H, H_kv, T, D, D_v, l, d, dtype, causal
+CASES = {
+    "grouped": (2, 8, 2, 1111, 128, 128, 32, 16, torch.bfloat16, True),
+    "narrow_head": (1, 8, 1, 1500, 64, 64, 4, 4, torch.bfloat16, True),
+    "multi_head": (1, 3, 3, 777, 64, 128, 16, 16, torch.float16, True),
+    "wide_key": (2, 6, 2, 640, 128, 64, 8, 4, torch.float16, True),
+    "everything": (1, 4, 2, 515, 128, 128, 32, 16, torch.bfloat16, False),
+    "one_key": (1, 4, 1, 40, 128, 128, 32, 16, torch.bfloat16, True),
+    "many_queries": (1, 4, 1, 9000, 64, 64, 32, 16, torch.float16, True),
+}
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch):
+    """The launches, for short inputs too; whatever a kernel forgets to write is NaN."""
+    launch = pytest.importorskip("nsa_compile.kernels.gpu.hopper.launch")
+    if not launch.is_hopper(torch.device("cuda")):
+        pytest.skip("no Hopper GPU")
+    monkeypatch.setattr(launch, "FEWEST_KEYS", 1)
+    torch.seed()
+    poison = torch.full((1 << 28,), float("nan"), device="cuda")
+    del poison
+    return launch
+
+
+def in_poison(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Random rows [B, heads, rows, D], between the heads of which memory is NaN."""
+    memory = torch.full((*shape[:-2], shape[-2] + 130, shape[-1]), float("nan"), device="cuda", dtype=dtype)
+    return memory[..., : shape[-2], :].copy_(torch.randn(shape, device="cuda"))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_compressed_attention_equals_reference(case: tuple, hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    B, H, H_kv, T, D, DV, length, stride, dtype, is_causal = case
+    N = count_compressed(T, length, stride)
+    query = torch.randn(B, T, H, D, device="cuda", dtype=dtype).transpose(1, 2)
+    key, value = in_poison(B, H_kv, N, D, dtype=dtype), in_poison(B, H_kv, N, DV, dtype=dtype)
+    used = []
+    for name in ("flash_forward", "flash_backward"):
+        function = getattr(hopper, name)
+        monkeypatch.setattr(hopper, name, lambda *args, f=function: used.append(f.__name__) or f(*args))
+    attributes = {"scale": D**-0.5, "block_length": length, "block_stride": stride, "num_keys": T}
+    causal = {**attributes, "is_causal": is_causal}
+    output, lse = torch.ops.nsa.compressed_attention(query, key, value, None, None, None, **causal)
+    sight = {} if is_causal else {"last_key": torch.full((B, T), T - 1, device="cuda")}
+    double = [each.double().requires_grad_() for each in (query, key, value)]
+    expected, expected_lse = reference.compressed_attention(*double, **attributes, **sight)
+    finite = expected_lse.isfinite()
+    assert relative_error(output, expected) < BUDGET[dtype]
+    assert torch.equal(lse.isfinite(), finite)
+    assert (lse.double() - expected_lse)[finite].abs().max() < 1e-4
+
+    grad = torch.randn_like(output)
+    wanted = torch.autograd.grad(expected, double, grad.double())
+    arguments = (grad, query, key, value, None, None, None, output, lse)
+    gradients = torch.ops.nsa.compressed_attention_backward(*arguments, **causal)
+    for gradient, each in zip(gradients, wanted, strict=True):
+        # Among one key a gradient is a difference of equal numbers.
+        assert relative_error(gradient, each) < 1.5 * BUDGET[dtype] or (gradient.double() - each).abs().max() < 1e-5
+    again = torch.ops.nsa.compressed_attention_backward(*arguments, **causal)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
+    assert used == ["flash_forward", "flash_backward", "flash_backward"]
+
+
+def test_what_they_do_not_serve_goes_to_triton(hopper) -> None:
+    from nsa_compile.kernels.gpu.launch import Intervals
+
+    plain = Intervals(None, None, None, True)
+    whole = torch.empty(1, 2, 600, 128, device="cuda", dtype=torch.bfloat16)
+    assert hopper.handles(whole, whole, whole, plain, 0.1)
+    rows = torch.zeros(1, 600, dtype=torch.int32, device="cuda")
+    odd_stride = torch.empty(1, 2, 600, 132, device="cuda", dtype=torch.bfloat16)[..., :128]
+    others = [whole.float(), whole[..., :96], odd_stride, whole[:, :1].expand(-1, 2, -1, -1)]
+    assert not any(hopper.handles(each, each, each, plain, 0.1) for each in others)
+    assert not hopper.handles(whole, whole, whole, plain, -0.1)
+    assert not hopper.handles(whole, whole, whole, plain._replace(first=rows, last=rows), 0.1)
+    assert not hopper.handles(whole, whole, whole, plain._replace(valid=rows > 0), 0.1)
+
+
+@pytest.mark.parametrize("combine", ["joint", "gated"])
+def test_whole_operator_repeats_under_a_cuda_graph_and_ignores_the_batch(combine: str) -> None:
+    query, key, value = (
+        torch.randn(2, 2048, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2)
+    )
+    query[0, :, 1000:], key[0, :, 900:], value[0, :, 900:] = float("nan"), float("nan"), float("nan")
+    leaves = [each.detach().requires_grad_() for each in (query, key, value)]
+    gates = torch.rand(2, 8, 2048, 3, device="cuda") if combine == "gated" else None
+    config = NSAConfig(combine=combine)
+
+    def run() -> list[Tensor]:
+        output = nsa_attention(*leaves, config=config, gates=gates)
+        return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    replayed = [each[1].clone() for each in captured]
+    assert all(torch.equal(one, other[1]) for one, other in zip(replayed, run(), strict=True))
+    assert all(each.isfinite().all() for each in replayed)
+    alone = nsa_attention(*(each[1:] for each in leaves), config=config, gates=None if gates is None else gates[1:])
+    assert torch.equal(replayed[0], alone[0])
