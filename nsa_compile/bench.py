@@ -1,6 +1,8 @@
 """Times Native Sparse Attention and dense attention side by side, stage by stage, after checking that it is right.
 
-A speedup is reported only when the check passed.  All times of one `Benchmark` come from one run on one device.
+NSA's whole time is that of a function compiled by the backend, as a model would call it: tokens before heads in memory,
+gates as logits, the output laid out for the next projection.  Its stages are the operators, called eagerly.  A speedup
+is reported only when the check passed.  All times of one `Benchmark` come from one run on one device.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nsa_compile.backend import NSABackend
 from nsa_compile.config import NSAConfig
 from nsa_compile.kernels import reference
 from nsa_compile.kernels.compression import mean_compress
@@ -132,20 +135,21 @@ class Benchmark:
 
 
 def draw_inputs(shape: Shape, kind: Kind, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draws query, key, value and gates; "correlated" tokens resemble their neighbours, as in trained models."""
+    """Draws query, key, value, gate logits; "correlated" tokens resemble their neighbours, as in trained models."""
 
     def rows(heads: int, size: int) -> Tensor:
         def noise(length: int) -> Tensor:
-            return torch.randn(shape.batch, heads, length, size, device=device, dtype=dtype)
+            return torch.randn(shape.batch, length, heads, size, device=device, dtype=dtype)
 
-        if kind == "random":
-            return noise(shape.tokens)
-        slow, quick = (
-            noise(shape.tokens // span + 1).repeat_interleave(span, 2)[:, :, : shape.tokens] for span in (64, 8)
-        )
-        return 0.8 * slow + 0.5 * quick + 0.33 * noise(shape.tokens)
+        tokens = noise(shape.tokens)
+        if kind == "correlated":
+            slow, quick = (
+                noise(shape.tokens // span + 1).repeat_interleave(span, 1)[:, : shape.tokens] for span in (64, 8)
+            )
+            tokens = 0.8 * slow + 0.5 * quick + 0.33 * tokens
+        return tokens.transpose(1, 2)
 
-    gates = torch.rand(shape.batch, shape.heads, shape.tokens, 3, device=device, dtype=dtype)
+    gates = torch.randn(shape.batch, shape.heads, shape.tokens, 3, device=device, dtype=dtype)
     return (
         rows(shape.heads, shape.head_size),
         rows(shape.kv_heads, shape.head_size),
@@ -162,6 +166,7 @@ def run_benchmark(
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     backward: bool = True,
+    compiled: bool = True,
     progress: Callable[[str], object] = str,
 ) -> Benchmark:
     """Checks, then times.
@@ -173,6 +178,7 @@ def run_benchmark(
         device: where to run.
         dtype: of the inputs.
         backward: whether to time forward+backward too.
+        compiled: whether NSA's whole time is that of compiled code; else of the operators called eagerly.
         progress: called with a line before each step.
     """
     progress("checking against float64")
@@ -181,45 +187,89 @@ def run_benchmark(
     progress("measuring the device's ceilings")
     ceilings = _ceilings(device, dtype)
     query, key, value, gates = draw_inputs(shape, kind, device, dtype)
-    given = gates if config.combine == "gated" else None
     stages: list[Stage] = []
 
-    def add(name: str, call: Callable[[], Any]) -> Any:
+    def add(name: str, call: Callable[[], Any], flops: float | None = None) -> Any:
         progress(f"timing {name}")
-        with FlopCounterMode(display=False) as counter:
-            result = call()
+        result = call()
         milliseconds = _time(call, device)
-        flops = counter.get_total_flops()
         stages.append(Stage(name, milliseconds, flops / milliseconds / 1e9 if flops else None))
         return result
 
-    with torch.no_grad():
-        _time_stages(query, key, value, config, add)
-        extra = _extra_bytes(lambda: nsa_attention(query, key, value, config=config, gates=given), device)
-        add("nsa forward", lambda: nsa_attention(query, key, value, config=config, gates=given))
-    leaves = [each.detach().requires_grad_() for each in (query, key, value)]
-    grad = torch.randn(*query.shape[:3], shape.value_size, device=device, dtype=dtype)
-    if backward:
-        trained = [*leaves] if given is None else [*leaves, given.requires_grad_()]
-        add(
-            "nsa forward+backward",
-            lambda: torch.autograd.grad(nsa_attention(*leaves, config=config, gates=given), trained, grad),
-        )
+    def add_counted(name: str, call: Callable[[], Any]) -> Any:
+        return add(name, call, _flops(call))
+
+    def eager() -> Tensor:
+        return _as_in_a_model(query, key, value, gates, config, is_rewritten=False)
+
+    def nsa() -> Tensor:
+        return attend(query, key, value, gates, config, is_rewritten=compiled)
 
     def dense() -> Tensor:
-        trained_query, trained_key, trained_value = leaves
-        return torch.nn.functional.scaled_dot_product_attention(
-            trained_query, trained_key, trained_value, is_causal=True, enable_gqa=True
-        )
+        return _dense(query, key, value)
 
+    attend = _as_in_a_model
+    if compiled:
+        attend = torch.compile(attend, backend=NSABackend(config.replace(min_keys=0)), dynamic=False)
+    with torch.no_grad():
+        _time_stages(query, key, value, config, add_counted)
+        if compiled:
+            progress("compiling")
+            errors["compiled against eager"] = _relative_error(nsa(), eager())
+            correct = correct and errors["compiled against eager"] < _BUDGET[dtype]
+        extra = _extra_bytes(nsa, device)
+        add("nsa forward", nsa, _flops(eager))
+    leaves = [query.requires_grad_(), key.requires_grad_(), value.requires_grad_()]
+    trained = [*leaves, gates.requires_grad_()] if config.combine == "gated" else leaves
+    grad = torch.randn(shape.batch, shape.tokens, shape.heads * shape.value_size, device=device, dtype=dtype)
+    if backward:
+        if compiled:
+            progress("compiling with the backward pass")
+        add(
+            "nsa forward+backward",
+            lambda: torch.autograd.grad(nsa(), trained, grad),
+            _flops(lambda: torch.autograd.grad(eager(), trained, grad)),
+        )
+    # Of products over visible pairs of a query and a key: two forward, five more backward.
+    pairs = shape.batch * shape.heads * shape.tokens * (shape.tokens + 1) // 2
+    flops = 2 * pairs * (shape.head_size + shape.value_size)
+    flops_backward = 2 * pairs * (3 * shape.head_size + 2 * shape.value_size)
+    dense_grad = grad.unflatten(-1, (shape.heads, shape.value_size)).transpose(1, 2)
     for name, backend in _dense_backends(leaves):
         with backend():
             with torch.no_grad():
-                add(f"dense {name} forward", dense)
+                add(f"dense {name} forward", dense, flops)
             if backward:
-                add(f"dense {name} forward+backward", lambda: torch.autograd.grad(dense(), leaves, grad))
+                add(
+                    f"dense {name} forward+backward",
+                    lambda: torch.autograd.grad(dense(), leaves, dense_grad),
+                    flops + flops_backward,
+                )
     name = torch.cuda.get_device_name() if device == "cuda" else device
     return Benchmark(name, shape, config, kind, errors, correct, ceilings, tuple(stages), extra)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def _as_in_a_model(
+    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, config: NSAConfig, is_rewritten: bool
+) -> Tensor:
+    """NSA as in a layer, [B, T, H · D_v]; with `is_rewritten` joint attention is dense, for the backend to rewrite."""
+    if config.combine == "gated":
+        output = nsa_attention(query, key, value, config=config, gates=gates.sigmoid())
+    elif is_rewritten:
+        output = _dense(query, key, value)
+    else:
+        output = nsa_attention(query, key, value, config=config)
+    return output.transpose(1, 2).flatten(2)
+
+
+def _flops(call: Callable[[], Any]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def _stage_arguments(
@@ -312,11 +362,16 @@ def _check(
             reference.selected_attention(query, key, value, chosen, **block)[0],
             reference.window_attention(query, key, value, window=config.window)[0],
         )
+        gates = gates.sigmoid()
         expected = (gates.double().unsqueeze(-2) * torch.stack(parts, -1)).sum(-1)
         output = nsa_attention(query, key, value, config=config, gates=gates)
-    error = ((output.double() - expected).norm() / expected.norm()).item()
+    error = _relative_error(output, expected)
     equal = (chosen == wanted).all(-1).float().mean().item()
     return {"output error": error, "equal lists": equal}, error < _BUDGET[dtype] and equal > _EQUAL_LISTS
+
+
+def _relative_error(output: Tensor, expected: Tensor) -> float:
+    return ((output.double() - expected).norm() / expected.norm()).item()
 
 
 def _time(call: Callable[[], Any], device: str) -> float:

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu", help="(default: %(default)s)"
     )
     parser.add_argument("--forward-only", action="store_true", help="leave the backward pass out")
+    parser.add_argument("--eager", action="store_true", help="call the operators without torch.compile")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
     add_config_arguments(parser)
 
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     result = run_benchmark(
         shape, config_of(arguments), kind=arguments.inputs, device=arguments.device, dtype=_DTYPES[arguments.dtype],
-        backward=not arguments.forward_only, progress=progress,
+        backward=not arguments.forward_only, compiled=not arguments.eager, progress=progress,
     )  # fmt: skip
     print(result)
     if arguments.json:

@@ -16,8 +16,10 @@ CONFIG = NSAConfig(block_length=8, block_stride=4, selection_block=16, num_selec
 @pytest.mark.parametrize("combine", ["joint", "gated"])
 def test_benchmark_checks_and_times(combine: str, kind: bench.Kind) -> None:
     config = CONFIG.replace(combine=combine)
-    result = bench.run_benchmark(SHAPE, config, kind=kind, device="cpu", dtype=torch.float32)
+    compiled = kind == "random"
+    result = bench.run_benchmark(SHAPE, config, kind=kind, device="cpu", dtype=torch.float32, compiled=compiled)
     assert result.correct
+    assert ("compiled against eager" in result.errors) == compiled
     names = {stage.name for stage in result.stages}
     assert {"select_blocks", f"{'joint' if combine == 'joint' else 'window'}_attention"} <= names
     assert {f"{which} {way}" for which in ("nsa", "dense sdpa") for way in ("forward", "forward+backward")} <= names
@@ -34,11 +36,30 @@ def test_no_speedup_when_the_check_fails(monkeypatch: pytest.MonkeyPatch) -> Non
         return right(*arguments, **options) * 1.01  # type: ignore[arg-type]
 
     monkeypatch.setattr(bench, "nsa_attention", wrong)
-    result = bench.run_benchmark(SHAPE, CONFIG, device="cpu", dtype=torch.float32, backward=False)
+    settings = {"device": "cpu", "dtype": torch.float32, "backward": False}
+    result = bench.run_benchmark(SHAPE, CONFIG, compiled=False, **settings)
     assert not result.correct
     assert result.speedup("forward") is None
     assert "FAILED" in str(result)
     assert "times the fastest" not in str(result)
+
+
+def test_no_speedup_for_an_attention_that_stayed_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "NSABackend", lambda config: "eager")
+    result = bench.run_benchmark(SHAPE, CONFIG, device="cpu", dtype=torch.float32, backward=False)
+    assert result.errors["output error"] < 1e-5
+    assert not result.correct
+    assert result.speedup("forward") is None
+
+
+def test_dense_work_is_counted_by_visible_pairs() -> None:
+    result = bench.run_benchmark(SHAPE, CONFIG, device="cpu", dtype=torch.float32, compiled=False)
+    stages = {stage.name: stage for stage in result.stages}
+    pairs = 4 * 300 * 301 / 2
+    for way, products in (("forward", 2), ("forward+backward", 7)):
+        stage = stages[f"dense sdpa {way}"]
+        assert stage.tflops is not None
+        assert stage.tflops * stage.milliseconds * 1e9 == pytest.approx(2 * pairs * 16 * products)
 
 
 def test_speedup_is_against_the_fastest_dense_attention() -> None:
@@ -65,3 +86,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     figures = json.loads(target.read_text())
     assert figures["shape"]["tokens"] == 200
     assert figures["correct"] is True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("combine", ["joint", "gated"])
+def test_benchmark_of_grouped_heads_on_a_gpu(combine: str) -> None:
+    shape = bench.Shape(heads=8, kv_heads=2, tokens=4096, head_size=64, value_size=64)
+    result = bench.run_benchmark(shape, NSAConfig(combine=combine), backward=False)
+    assert result.correct
+    assert result.speedup("forward") is not None
+    assert result.extra_bytes
