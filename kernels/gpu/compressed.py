@@ -4,61 +4,10 @@ Same functions and arguments as the operators; shapes in the letters of the defi
 compressed_key [B, H_kv, N_cmp, D], compressed_value [B, H_kv, N_cmp, D_v].
 """
 
-import functools
-import warnings
-from types import ModuleType
-
-import torch
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import launch
-
-
-@functools.cache
-def _hopper() -> ModuleType | None:
-    """The launches of the kernels in Gluon, whose interface may still change from one Triton to the next."""
-    try:
-        from nsa_compile.kernels.gpu.hopper import launch as hopper
-    except (ImportError, AttributeError) as error:
-        warnings.warn(f"this Triton's Gluon is unknown, and compressed attention slower: {error}", stacklevel=2)
-        return None
-    return hopper
-
-
-def _faster(query: Tensor, key: Tensor, value: Tensor, intervals: launch.Intervals, scale: float) -> ModuleType | None:
-    """The launches to use in place of `launch`'s, if there are any for such tensors."""
-    hopper = _hopper() if query.device.type == "cuda" else None
-    return hopper if hopper is not None and hopper.handles(query, key, value, intervals, scale) else None
-
-
-def compressed_lse(
-    query: Tensor,
-    compressed_key: Tensor,
-    intervals: launch.Intervals,
-    geometry: launch.KeyGeometry,
-    scale: float,
-) -> Tensor:
-    """Returns lse [B, H, T] float32 of attention to the compressed keys, without its output."""
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    _forward(query, compressed_key, compressed_key, intervals, geometry, scale, None, lse)
-    return lse
-
-
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    intervals: launch.Intervals,
-    geometry: launch.KeyGeometry,
-    scale: float,
-    output: Tensor | None,
-    lse: Tensor,
-) -> None:
-    hopper = _faster(query, key, value, intervals, scale)
-    if hopper is not None:
-        hopper.flash_forward(query, key, value, geometry, intervals.is_causal, scale, output, lse)
-    else:
-        launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse)
+from nsa_compile.kernels.gpu import ranges
+from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 
 
 def compressed_attention(
@@ -76,14 +25,9 @@ def compressed_attention(
     num_keys: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns output [B, H, T, D_v] and lse [B, H, T] float32, natural logarithm, −inf where nothing is visible."""
-    query, compressed_key, compressed_value = map(launch.contiguous_rows, (query, compressed_key, compressed_value))
-    B, H, T, _ = query.shape
-    output = launch.new_output(query, compressed_value)
-    lse = query.new_empty((B, H, T), dtype=torch.float32)
-    intervals = launch.Intervals(first_key, last_key, compressed_valid, is_causal)
-    geometry = launch.KeyGeometry(num_keys, block_length, block_stride)
-    _forward(query, compressed_key, compressed_value, intervals, geometry, scale, output, lse)
-    return output, lse
+    intervals = Intervals(first_key, last_key, compressed_valid, is_causal)
+    geometry = KeyGeometry(num_keys, block_length, block_stride)
+    return ranges.attend(query, compressed_key, compressed_value, intervals, geometry, scale)
 
 
 def compressed_attention_backward(
@@ -104,14 +48,8 @@ def compressed_attention_backward(
     num_keys: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, compressed_key and compressed_value."""
-    query, compressed_key, compressed_value = map(launch.contiguous_rows, (query, compressed_key, compressed_value))
-    intervals = launch.Intervals(first_key, last_key, compressed_valid, is_causal)
-    geometry = launch.KeyGeometry(num_keys, block_length, block_stride)
-    hopper = _faster(query, compressed_key, compressed_value, intervals, scale)
-    if hopper is not None:
-        return hopper.flash_backward(
-            grad_output, query, compressed_key, compressed_value, geometry, is_causal, scale, output, lse
-        )
-    return launch.flash_backward(
+    intervals = Intervals(first_key, last_key, compressed_valid, is_causal)
+    geometry = KeyGeometry(num_keys, block_length, block_stride)
+    return ranges.attend_backward(
         grad_output, query, compressed_key, compressed_value, intervals, geometry, scale, output, lse
     )

@@ -268,24 +268,3 @@ def _query_ranges(
         geometry.local_blocks, **geometry.constants(), BLOCK_N=block, BLOCK_T=1024, num_warps=4,
     )  # fmt: skip
     return ranges
-
-
-def flash_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    intervals: Intervals,
-    geometry: KeyGeometry,
-    scale: float,
-    output: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value for a branch that is one range of keys; contiguous, in the inputs' dtype."""
-    query, key, value, grad = map(contiguous_rows, (query, key, value, grad_output))
-    lse = lse.contiguous()
-    delta = output_dot_gradient(output, grad)
-    grad_query = query.new_empty(query.shape)
-    flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
-    grad_key, grad_value = flash_key_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta)
-    return grad_query, grad_key, grad_value

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import launch
-from nsa_compile.kernels.gpu.compressed import compressed_lse
+from nsa_compile.kernels.gpu import launch, ranges
 from nsa_compile.kernels.gpu.flash import key_range, load_tile, token_interval
 
 SCORE_BYTES = 1 << 28  # a chunk's scores: bounds extra memory
@@ -192,7 +191,7 @@ def select_blocks(
     intervals = launch.Intervals(first_key, last_key, compressed_valid, is_causal)
     geometry = launch.KeyGeometry(num_keys, block_length, block_stride)
     if lse is None and N:
-        lse = compressed_lse(query, compressed_key, intervals, geometry, scale)
+        lse = ranges.attention_lse(query, compressed_key, intervals, geometry, scale)
     first, last, compressed = intervals.pointers(query)
     constants = intervals.constants()
     heads = launch.head_constants(query, compressed_key, compressed_key)

@@ -3,10 +3,10 @@
 Same functions and arguments as the operators; query [B, H, T, D], key [B, H_kv, S, D], value [B, H_kv, S, D_v].
 """
 
-import torch
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import launch
+from nsa_compile.kernels.gpu import ranges
+from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 
 
 def window_attention(
@@ -22,14 +22,9 @@ def window_attention(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns output [B, H, T, D_v] and lse [B, H, T] float32, natural logarithm, −inf where nothing is visible."""
-    query, key, value = map(launch.contiguous_rows, (query, key, value))
-    B, H, T, _ = query.shape
-    output = launch.new_output(query, value)
-    lse = query.new_empty((B, H, T), dtype=torch.float32)
-    intervals = launch.Intervals(first_key, last_key, key_valid, is_causal)
-    geometry = launch.KeyGeometry(key.shape[2], window=window)
-    launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse)
-    return output, lse
+    intervals = Intervals(first_key, last_key, key_valid, is_causal)
+    geometry = KeyGeometry(key.shape[2], window=window)
+    return ranges.attend(query, key, value, intervals, geometry, scale)
 
 
 def window_attention_backward(
@@ -48,7 +43,6 @@ def window_attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value."""
-    query, key, value = map(launch.contiguous_rows, (query, key, value))
-    intervals = launch.Intervals(first_key, last_key, key_valid, is_causal)
-    geometry = launch.KeyGeometry(key.shape[2], window=window)
-    return launch.flash_backward(grad_output, query, key, value, intervals, geometry, scale, output, lse)
+    intervals = Intervals(first_key, last_key, key_valid, is_causal)
+    geometry = KeyGeometry(key.shape[2], window=window)
+    return ranges.attend_backward(grad_output, query, key, value, intervals, geometry, scale, output, lse)

@@ -1,5 +1,7 @@
 """The Hopper kernels of compressed attention on a GPU, against the float64 reference on fresh random inputs."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch):
     launch = pytest.importorskip("nsa_compile.kernels.gpu.hopper.launch")
     if not launch.is_hopper(torch.device("cuda")):
         pytest.skip("no Hopper GPU")
-    monkeypatch.setattr(launch, "FEWEST_KEYS", 1)
+    monkeypatch.setattr(launch, "FEWEST_QUERIES", 1)
     torch.seed()
     poison = torch.full((1 << 28,), float("nan"), device="cuda")
     del poison
@@ -47,16 +49,27 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
+def count_launches(hopper, monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often each launch is called from now on."""
+    used: Counter = Counter()
+    for name in ("flash_forward", "flash_query_gradient", "flash_key_gradient"):
+        function = getattr(hopper, name)
+
+        def counted(*args, name: str = name, function=function):
+            used[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(hopper, name, counted)
+    return used
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_compressed_attention_equals_reference(case: tuple, hopper, monkeypatch: pytest.MonkeyPatch) -> None:
     B, H, H_kv, T, D, DV, length, stride, dtype, is_causal = case
     N = count_compressed(T, length, stride)
     query = torch.randn(B, T, H, D, device="cuda", dtype=dtype).transpose(1, 2)
     key, value = in_poison(B, H_kv, N, D, dtype=dtype), in_poison(B, H_kv, N, DV, dtype=dtype)
-    used = []
-    for name in ("flash_forward", "flash_backward"):
-        function = getattr(hopper, name)
-        monkeypatch.setattr(hopper, name, lambda *args, f=function: used.append(f.__name__) or f(*args))
+    used = count_launches(hopper, monkeypatch)
     attributes = {"scale": D**-0.5, "block_length": length, "block_stride": stride, "num_keys": T}
     causal = {**attributes, "is_causal": is_causal}
     output, lse = torch.ops.nsa.compressed_attention(query, key, value, None, None, None, **causal)
@@ -77,22 +90,51 @@ def test_compressed_attention_equals_reference(case: tuple, hopper, monkeypatch:
         assert relative_error(gradient, each) < 1.5 * BUDGET[dtype] or (gradient.double() - each).abs().max() < 1e-5
     again = torch.ops.nsa.compressed_attention_backward(*arguments, **causal)
     assert all(torch.equal(one, other) for one, other in zip(gradients, again, strict=True))
-    assert used == ["flash_forward", "flash_backward", "flash_backward"]
+    assert used == {"flash_forward": 1, "flash_query_gradient": 2, "flash_key_gradient": 2}
+
+
+@pytest.mark.parametrize(("T", "window"), [(1500, 512), (700, 100), (300, 1), (500, 4000)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_window_gradients_equal_reference(
+    T: int, window: int, size: int, hopper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = (
+        torch.randn(2, T, heads, size, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (6, 2, 2)
+    )
+    used = count_launches(hopper, monkeypatch)
+    attributes = {"scale": size**-0.5, "window": window}
+    output, lse = torch.ops.nsa.window_attention(query, key, value, None, None, None, is_causal=True, **attributes)
+    double = [each.double().requires_grad_() for each in (query, key, value)]
+    expected, _ = reference.window_attention(*double, **attributes)
+    # Rows that no copy to shared memory could take.
+    grad = torch.randn(2, 6, T, size + 1, device="cuda", dtype=torch.bfloat16)[..., 1:]
+    wanted = torch.autograd.grad(expected, double, grad.double())
+    arguments = (grad, query, key, value, None, None, None, output, lse)
+    gradients = torch.ops.nsa.window_attention_backward(*arguments, is_causal=True, **attributes)
+    for gradient, each in zip(gradients, wanted, strict=True):
+        assert relative_error(gradient, each) < 1.5 * BUDGET[torch.bfloat16] or window == 1
+        assert (gradient.double() - each).abs().max() < 0.05 * max(1.0, each.abs().max())
+    assert used == {"flash_key_gradient": 1}
 
 
 def test_what_they_do_not_serve_goes_to_triton(hopper) -> None:
-    from nsa_compile.kernels.gpu.launch import Intervals
+    from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 
     plain = Intervals(None, None, None, True)
+    compressed = KeyGeometry(600, 4, 4)
     whole = torch.empty(1, 2, 600, 128, device="cuda", dtype=torch.bfloat16)
-    assert hopper.handles(whole, whole, whole, plain, 0.1)
     rows = torch.zeros(1, 600, dtype=torch.int32, device="cuda")
-    odd_stride = torch.empty(1, 2, 600, 132, device="cuda", dtype=torch.bfloat16)[..., :128]
-    others = [whole.float(), whole[..., :96], odd_stride, whole[:, :1].expand(-1, 2, -1, -1)]
-    assert not any(hopper.handles(each, each, each, plain, 0.1) for each in others)
-    assert not hopper.handles(whole, whole, whole, plain, -0.1)
-    assert not hopper.handles(whole, whole, whole, plain._replace(first=rows, last=rows), 0.1)
-    assert not hopper.handles(whole, whole, whole, plain._replace(valid=rows > 0), 0.1)
+
+    def stages(tensor: Tensor, intervals: Intervals = plain, geometry: KeyGeometry = compressed, scale=0.1) -> int:
+        names = ("forward", "query_gradient", "key_gradient")
+        return sum(hopper.handles(name, tensor, tensor, tensor, intervals, geometry, scale) for name in names)
+
+    assert stages(whole) == 3
+    assert stages(whole, geometry=KeyGeometry(600, window=512)) == 1
+    assert stages(whole, plain._replace(is_causal=False), KeyGeometry(600, window=512)) == 0
+    assert stages(whole.float()) == stages(whole[..., :96]) == stages(whole, scale=-0.1) == 0
+    assert stages(whole, plain._replace(first=rows, last=rows)) == stages(whole, plain._replace(valid=rows > 0)) == 0
+    assert stages(whole, geometry=KeyGeometry(600, local_blocks=2, initial=64)) == 0
 
 
 @pytest.mark.parametrize("combine", ["joint", "gated"])

@@ -1,4 +1,4 @@
-"""Compressed attention on a Hopper GPU, in Gluon: warps that load and warps that compute, at the same time.
+"""Attention to long ranges of keys on a Hopper GPU, in Gluon: a warp that loads beside warps that compute.
 
 Same results as the kernels in Triton beside this folder, which serve every other GPU, dtype, head size and visibility;
 `launch.handles` says what these take.  In each program one warp copies tiles from memory into a ring of shared memory
@@ -6,7 +6,7 @@ Same results as the kernels in Triton beside this folder, which serve every othe
 matrix products run; Triton, given the same loop, waits for each product.
 
 * forward.py: the softmax over the compressed keys, as in FlashAttention-3 (arXiv 2407.08608);
-* query_gradient.py, key_gradient.py: its gradients.
+* query_gradient.py, key_gradient.py: its gradients, the latter for windows too.
 
 Keys are those of `flash.py` with LENGTH and STRIDE: key i stands for the tokens [i·STRIDE, i·STRIDE + LENGTH).
 """

@@ -140,7 +140,7 @@ def attend_rows(
 
 
 @gluon.jit
-def compressed_forward(
+def hopper_forward(
     query_ptr, key_desc, value_desc, output_ptr, lse_ptr, stride_qb, stride_qh, stride_qt, H, T, N, scale_log2,
     GROUP: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, IS_CAUSAL: gl.constexpr, LSE_ONLY: gl.constexpr,

@@ -1,4 +1,4 @@
-"""Gradients of the compressed keys and values."""
+"""Gradients of keys and values: compressed ones, which all later tokens see, or those of a window."""
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
@@ -50,9 +50,9 @@ def load_queries(
 @gluon.jit
 def add_up_queries(
     grad_key_ptr, grad_value_ptr, query_ring, grad_ring, lse_ring, delta_ring, keys, values, keys_filled, filled, free,
-    start, whole_start, tiles, key_start, first_row, N, scale, scale_log2,
-    PART: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    HEADS: gl.constexpr, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr,
+    start, whole_start, whole_end, tiles, key_start, first_row, N, scale, scale_log2,
+    PART: gl.constexpr, WINDOW: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, HEADS: gl.constexpr, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """A computing warpgroup: the gradients of ROWS keys and values, logits transposed."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -81,6 +81,10 @@ def add_up_queries(
         if token < whole_start:
             tokens = token + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LOGITS))
             weights = gl.where(first_token[:, None] <= tokens[None, :], weights, 0.0)
+        if WINDOW > 0:
+            if token + BLOCK_M > whole_end:
+                tokens = token - WINDOW + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LOGITS))
+                weights = gl.where(first_token[:, None] > tokens[None, :], weights, 0.0)
         operand = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, VALUES, 2))
         pending_value = warpgroup_mma(operand, grad, grad_value, is_async=True)
         grad_weights = warpgroup_mma_wait(1, deps=[pending_grad])
@@ -108,14 +112,15 @@ def store_rows(pointer, tile, row_start, first_row, N, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def compressed_key_gradient(
+def hopper_key_gradient(
     query_desc, grad_desc, key_desc, value_desc, lse_ptr, delta_ptr, grad_key_ptr, grad_value_ptr, H, T, N,
     query_splits, scale, scale_log2,
-    GROUP: gl.constexpr, HEADS: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, IS_CAUSAL: gl.constexpr,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, WINDOW: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr, SLOTS: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Gradients of 128 keys and values, summed over HEADS query heads and one of `query_splits` token ranges.
 
+    A key is seen by the first WINDOW tokens that may see it, without one by all of them.
     Writes [split, B, H_kv, N, ·] with split = head split x query split, as `flash_key_gradient` does.
     """
     dtype: gl.constexpr = key_desc.dtype
@@ -128,12 +133,19 @@ def compressed_key_gradient(
     first_head = kv_head * GROUP + head_split * HEADS
     key_start = gl.program_id(0) * (WARPGROUPS * ROWS)
     first_row = (gl.program_id(2).to(gl.int64) * gl.num_programs(1) + gl.program_id(1)) * N
-    end = (T + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    start = end * 0
-    whole_start = end * 0
+    # Tokens from `start` to before `end` see some of the keys, those from `whole_start` to before `whole_end` all.
+    start = T * 0
+    end = T
+    whole_start = T * 0
+    whole_end = T
     if IS_CAUSAL:
-        start = gl.minimum((key_start * STRIDE + LENGTH - 1) // BLOCK_M * BLOCK_M, end)
+        start = key_start * STRIDE + LENGTH - 1
         whole_start = (key_start + WARPGROUPS * ROWS - 1) * STRIDE + LENGTH - 1
+        if WINDOW > 0:
+            end = gl.minimum(whole_start + WINDOW, T)
+            whole_end = start + WINDOW
+    end = (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    start = gl.minimum(start // BLOCK_M * BLOCK_M, end)
     share = ((end - start) // BLOCK_M + query_splits - 1) // query_splits * BLOCK_M
     start = gl.minimum(start + query_split * share, end)
     tiles = gl.minimum(share, end - start) // BLOCK_M
@@ -150,13 +162,13 @@ def compressed_key_gradient(
         [
             (add_up_queries, (
                 grad_key_ptr, grad_value_ptr, query_ring, grad_ring, lse_ring, delta_ring, keys, values, keys_filled,
-                filled, free, start, whole_start, tiles, key_start, first_row, N, scale, scale_log2, 0, LENGTH, STRIDE,
-                D, DV, HEADS, BLOCK_M, SLOTS,
+                filled, free, start, whole_start, whole_end, tiles, key_start, first_row, N, scale, scale_log2, 0,
+                WINDOW, LENGTH, STRIDE, D, DV, HEADS, BLOCK_M, SLOTS,
             )),
             (add_up_queries, (
                 grad_key_ptr, grad_value_ptr, query_ring, grad_ring, lse_ring, delta_ring, keys, values, keys_filled,
-                filled, free, start, whole_start, tiles, key_start, first_row, N, scale, scale_log2, 1, LENGTH, STRIDE,
-                D, DV, HEADS, BLOCK_M, SLOTS,
+                filled, free, start, whole_start, whole_end, tiles, key_start, first_row, N, scale, scale_log2, 1,
+                WINDOW, LENGTH, STRIDE, D, DV, HEADS, BLOCK_M, SLOTS,
             )),
             (load_queries, (
                 query_desc, grad_desc, key_desc, value_desc, lse_ptr, delta_ptr, query_ring, grad_ring, lse_ring,

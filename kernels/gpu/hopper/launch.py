@@ -10,17 +10,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_compile.kernels.gpu.hopper import forward, key_gradient, query_gradient
-from nsa_compile.kernels.gpu.launch import (
-    LOG2_E,
-    Intervals,
-    KeyGeometry,
-    contiguous_rows,
-    gradient_splits,
-    output_dot_gradient,
-)
+from nsa_compile.kernels.gpu.launch import LOG2_E, Intervals, KeyGeometry, gradient_splits
 
-# Of shorter ones launches take longer than kernels: descriptors are made anew for each.
-FEWEST_KEYS = 512
+# For fewer, launches take longer than kernels: descriptors are made anew for each.
+FEWEST_QUERIES = 4096
 KEYS = 128  # of a tile, and of a program that adds up gradients
 QUERIES = 64  # of a tile that passes by
 ROWS = 64  # of a warpgroup
@@ -35,35 +28,35 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def handles(query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, scale: float) -> bool:
-    """Whether these kernels serve an attention to compressed keys; by everything but the batch.
+def handles(
+    stage: str, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, geometry: KeyGeometry, scale: float
+) -> bool:
+    """Whether these kernels serve a stage: "forward", "query_gradient" or "key_gradient"; by everything but the batch.
 
     Args:
+        stage: only the last one takes windows.
         query: [B, H, T, D], last dimension contiguous, as for key and value.
         key: [B, H_kv, N, D].
         value: [B, H_kv, N, D_v].
         intervals: plain ones only.
+        geometry: compressed keys, or a window.
         scale: positive.
     """
+    T, N = query.shape[2], key.shape[2]
+    is_window = geometry.window > 0 and intervals.is_causal and T == N
     return (
         is_hopper(query.device)
         and query.dtype in _DTYPES
         and key.dtype == value.dtype == query.dtype
         and query.shape[-1] in _HEAD_SIZES
         and value.shape[-1] in _HEAD_SIZES
-        and key.shape[2] >= FEWEST_KEYS
+        and T >= FEWEST_QUERIES
+        and min(N, query.numel()) > 0
         and intervals.first is None
         and intervals.valid is None
+        and (not geometry.is_cut or (is_window and stage == "key_gradient"))
+        and geometry.initial == geometry.local_blocks == 0
         and scale > 0
-        and query.numel() > 0
-        and all(map(_is_aligned, (query, key, value)))
-    )
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    sizes = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    return tensor.data_ptr() % _ALIGNMENT == 0 and all(
-        size == 1 or (stride > 0 and stride * tensor.element_size() % _ALIGNMENT == 0) for size, stride in sizes
     )
 
 
@@ -71,67 +64,48 @@ def flash_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    intervals: Intervals,
     geometry: KeyGeometry,
-    is_causal: bool,
     scale: float,
     output: Tensor | None,
     lse: Tensor,
 ) -> None:
     """Writes output [B, H, T, D_v], as `new_output` makes it, and lse [B, H, T]; without `output` the lse alone."""
     B, H, T, _ = query.shape
-    forward.compressed_forward[triton.cdiv(T, 2 * ROWS), B * H](
+    forward.hopper_forward[triton.cdiv(T, 2 * ROWS), B * H](
         query, _descriptor(key, KEYS), _descriptor(value, KEYS), lse if output is None else output, lse,
         *query.stride()[:3], H, T, key.shape[2], scale * LOG2_E,
-        **_constants(query, key, value, geometry, is_causal), BLOCK_N=KEYS, LSE_ONLY=output is None,
+        **_constants(query, key, value, intervals, geometry), BLOCK_N=KEYS, LSE_ONLY=output is None,
     )  # fmt: skip
-
-
-def flash_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    geometry: KeyGeometry,
-    is_causal: bool,
-    scale: float,
-    output: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous, in the inputs' dtype."""
-    grad, lse = contiguous_rows(grad_output), lse.contiguous()
-    grad = grad if _is_aligned(grad) else grad.contiguous()
-    shared = (query, key, value, geometry, is_causal, scale, grad, lse, output_dot_gradient(output, grad))
-    return flash_query_gradient(*shared), *flash_key_gradient(*shared)
 
 
 def flash_query_gradient(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    intervals: Intervals,
     geometry: KeyGeometry,
-    is_causal: bool,
     scale: float,
     grad: Tensor,
     lse: Tensor,
     delta: Tensor,
-) -> Tensor:
-    """Gradient of query [B, H, T, D], contiguous; lse and delta [B, H, T] contiguous float32."""
+    grad_query: Tensor,
+) -> None:
+    """Writes grad_query [B, H, T, D], contiguous; lse and delta [B, H, T] contiguous float32."""
     B, H, T, _ = query.shape
-    grad_query = query.new_empty(query.shape)
-    query_gradient.compressed_query_gradient[triton.cdiv(T, 2 * ROWS), B * H](
+    query_gradient.hopper_query_gradient[triton.cdiv(T, 2 * ROWS), B * H](
         _descriptor(query, ROWS), _descriptor(grad, ROWS), _descriptor(key, KEYS), _descriptor(value, KEYS), lse, delta,
         grad_query, H, T, key.shape[2], scale, scale * LOG2_E,
-        **_constants(query, key, value, geometry, is_causal), BLOCK_N=KEYS,
+        **_constants(query, key, value, intervals, geometry), BLOCK_N=KEYS,
     )  # fmt: skip
-    return grad_query
 
 
 def flash_key_gradient(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    intervals: Intervals,
     geometry: KeyGeometry,
-    is_causal: bool,
     scale: float,
     grad: Tensor,
     lse: Tensor,
@@ -142,21 +116,26 @@ def flash_key_gradient(
     H_kv, N, DV = key.shape[1], key.shape[2], value.shape[-1]
     group, tiles = H // H_kv, triton.cdiv(N, 2 * ROWS)
     head_splits, query_splits = gradient_splits(tiles * H_kv, group, T)
+    if geometry.is_cut:
+        query_splits = 1
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, N, D), dtype=dtype)
     grad_value = key.new_empty((splits, B, H_kv, N, DV), dtype=dtype)
-    key_gradient.compressed_key_gradient[tiles, B * H_kv, splits](
+    key_gradient.hopper_key_gradient[tiles, B * H_kv, splits](
         _descriptor(query, QUERIES), _descriptor(grad, QUERIES), _descriptor(key, ROWS), _descriptor(value, ROWS), lse,
         delta, grad_key, grad_value, H, T, N, query_splits, scale, scale * LOG2_E,
-        HEADS=group // head_splits, BLOCK_M=QUERIES, **_constants(query, key, value, geometry, is_causal),
+        HEADS=group // head_splits, WINDOW=geometry.window, BLOCK_M=QUERIES,
+        **_constants(query, key, value, intervals, geometry),
     )  # fmt: skip
     if splits == 1:
         return grad_key[0], grad_value[0]
     return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
 
 
-def _constants(query: Tensor, key: Tensor, value: Tensor, geometry: KeyGeometry, is_causal: bool) -> dict[str, Any]:
+def _constants(
+    query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, geometry: KeyGeometry
+) -> dict[str, Any]:
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "LENGTH": geometry.length,
@@ -164,7 +143,7 @@ def _constants(query: Tensor, key: Tensor, value: Tensor, geometry: KeyGeometry,
         "D": query.shape[-1],
         "DV": value.shape[-1],
         "SLOTS": SLOTS,
-        "IS_CAUSAL": is_causal,
+        "IS_CAUSAL": intervals.is_causal,
         "num_warps": 4,
     }
 
@@ -172,11 +151,13 @@ def _constants(query: Tensor, key: Tensor, value: Tensor, geometry: KeyGeometry,
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     """What copies tiles of `rows` rows of a [B, heads, ·, D] tensor to shared memory, zeros after its last row."""
     # A dimension of size 1 may have any stride, which the hardware would refuse.
-    strides = [
-        stride if size > 1 else tensor.shape[-1] for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-    block, layout = _block(rows, tensor.shape[-1], tensor.dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], block, layout)
+    size, shape = tensor.shape[-1], list(tensor.shape)
+    strides = [stride if count > 1 else size for count, stride in zip(shape, tensor.stride(), strict=True)]
+    steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in strides[:-1])]
+    if any(step % _ALIGNMENT or not step for step in steps):
+        return _descriptor(tensor.clone(memory_format=torch.contiguous_format), rows)
+    block, layout = _block(rows, size, tensor.dtype)
+    return TensorDescriptor(tensor, shape, [*strides[:-1], 1], block, layout)
 
 
 @functools.cache

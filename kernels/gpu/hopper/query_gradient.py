@@ -89,7 +89,7 @@ def add_up_keys(
 
 
 @gluon.jit
-def compressed_query_gradient(
+def hopper_query_gradient(
     query_desc, grad_desc, key_desc, value_desc, lse_ptr, delta_ptr, grad_query_ptr, H, T, N, scale, scale_log2,
     GROUP: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
     BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, IS_CAUSAL: gl.constexpr,

@@ -1,0 +1,88 @@
+"""Attention to one range of keys, and its gradients: by Hopper's kernels where they serve, else by Triton's.
+
+Arguments as in `launch.py`.
+"""
+
+import functools
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nsa_compile.kernels.gpu import launch
+from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, geometry: KeyGeometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Returns output [B, H, T, D_v] and lse [B, H, T] float32."""
+    query, key, value = map(launch.contiguous_rows, (query, key, value))
+    output = launch.new_output(query, value)
+    return output, _attend(query, key, value, intervals, geometry, scale, output)
+
+
+def attention_lse(query: Tensor, key: Tensor, intervals: Intervals, geometry: KeyGeometry, scale: float) -> Tensor:
+    """Returns lse [B, H, T] float32 alone."""
+    query, key = map(launch.contiguous_rows, (query, key))
+    return _attend(query, key, key, intervals, geometry, scale, None)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    scale: float,
+    output: Tensor | None,
+) -> Tensor:
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    kernels = _kernels("forward", query, key, value, intervals, geometry, scale)
+    kernels.flash_forward(query, key, value, intervals, geometry, scale, output, lse)
+    return lse
+
+
+def attend_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value, contiguous, in the inputs' dtype."""
+    query, key, value, grad = map(launch.contiguous_rows, (query, key, value, grad_output))
+    lse, delta = lse.contiguous(), launch.output_dot_gradient(output, grad)
+    attention = (query, key, value, intervals, geometry, scale)
+    grad_query = query.new_empty(query.shape)
+    _kernels("query_gradient", *attention).flash_query_gradient(*attention, grad, lse, delta, grad_query)
+    grad_key, grad_value = _kernels("key_gradient", *attention).flash_key_gradient(*attention, grad, lse, delta)
+    return grad_query, grad_key, grad_value
+
+
+def _kernels(
+    stage: str, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, geometry: KeyGeometry, scale: float
+) -> ModuleType:
+    """The module whose launches serve a stage: "forward", "query_gradient" or "key_gradient"."""
+    hopper = _hopper(query.device.type)
+    if hopper is not None and hopper.handles(stage, query, key, value, intervals, geometry, scale):
+        return hopper
+    return launch
+
+
+@functools.cache
+def _hopper(device_type: str) -> ModuleType | None:
+    """The launches of the kernels in Gluon, whose interface may still change from one Triton to the next."""
+    if device_type != "cuda":
+        return None
+    try:
+        from nsa_compile.kernels.gpu.hopper import launch as hopper
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"this Triton's Gluon is unknown, and attention slower: {error}", stacklevel=2)
+        return None
+    return hopper
