@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nsa_compile.backend import NSABackend
 from nsa_compile.config import NSAConfig
 from nsa_compile.kernels import reference
-from nsa_compile.kernels.compression import mean_compress
+from nsa_compile.kernels.compression import count_compressed, mean_compress
 from nsa_compile.operator import nsa_attention
 
 Kind = Literal["random", "correlated"]
@@ -51,7 +51,8 @@ class Stage:
     Attributes:
         name: such as "select_blocks" or "dense cudnn forward".
         milliseconds: median time.
-        tflops: 10^12 floating-point operations a second that its matrix products amount to; None where not counted.
+        tflops: 10^12 floating-point operations a second that its matrix products amount to, those of keys that a query
+            does not see left out; None where not counted.
     """
 
     name: str
@@ -197,7 +198,9 @@ def run_benchmark(
         return result
 
     def add_counted(name: str, call: Callable[[], Any]) -> Any:
-        return add(name, call, _flops(call))
+        share = seen if name in ("compressed_attention", "select_blocks") else 1.0
+        counted[name] = share * _flops(call)
+        return add(name, call, counted[name])
 
     def eager() -> Tensor:
         return _as_in_a_model(query, key, value, gates, config, is_rewritten=False)
@@ -208,6 +211,8 @@ def run_benchmark(
     def dense() -> Tensor:
         return _dense(query, key, value)
 
+    counted: dict[str, float] = {}
+    seen = _seen_share(shape, config)
     attend = _as_in_a_model
     if compiled:
         attend = torch.compile(attend, backend=NSABackend(config.replace(min_keys=0)), dynamic=False)
@@ -218,22 +223,24 @@ def run_benchmark(
             errors["compiled against eager"] = _relative_error(nsa(), eager())
             correct = correct and errors["compiled against eager"] < _BUDGET[dtype]
         extra = _extra_bytes(nsa, device)
-        add("nsa forward", nsa, _flops(eager))
+        add("nsa forward", nsa, sum(counted.values()))
     leaves = [query.requires_grad_(), key.requires_grad_(), value.requires_grad_()]
     trained = [*leaves, gates.requires_grad_()] if config.combine == "gated" else leaves
     grad = torch.randn(shape.batch, shape.tokens, shape.heads * shape.value_size, device=device, dtype=dtype)
+    # Two products forward, five backward.
+    backward_products = (3 * shape.head_size + 2 * shape.value_size) / (shape.head_size + shape.value_size)
     if backward:
         if compiled:
             progress("compiling with the backward pass")
+        attention = sum(counted.values()) - counted["select_blocks"]
         add(
             "nsa forward+backward",
             lambda: torch.autograd.grad(nsa(), trained, grad),
-            _flops(lambda: torch.autograd.grad(eager(), trained, grad)),
+            sum(counted.values()) + backward_products * attention,
         )
-    # Of products over visible pairs of a query and a key: two forward, five more backward.
+    # Of products over visible pairs of a query and a key.
     pairs = shape.batch * shape.heads * shape.tokens * (shape.tokens + 1) // 2
     flops = 2 * pairs * (shape.head_size + shape.value_size)
-    flops_backward = 2 * pairs * (3 * shape.head_size + 2 * shape.value_size)
     dense_grad = grad.unflatten(-1, (shape.heads, shape.value_size)).transpose(1, 2)
     for name, backend in _dense_backends(leaves):
         with backend():
@@ -243,7 +250,7 @@ def run_benchmark(
                 add(
                     f"dense {name} forward+backward",
                     lambda: torch.autograd.grad(dense(), leaves, dense_grad),
-                    flops + flops_backward,
+                    (1 + backward_products) * flops,
                 )
     name = torch.cuda.get_device_name() if device == "cuda" else device
     return Benchmark(name, shape, config, kind, errors, correct, ceilings, tuple(stages), extra)
@@ -270,6 +277,14 @@ def _flops(call: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
+
+
+def _seen_share(shape: Shape, config: NSAConfig) -> float:
+    """Of all pairs of a query and a compressed key, which FLOP counters take, those that causal attention sees."""
+    count = count_compressed(shape.tokens, config.block_length, config.block_stride)
+    tokens = torch.arange(shape.tokens)
+    seen = ((tokens - config.block_length + 1 + config.block_stride) // config.block_stride).clamp(0, count)
+    return seen.double().mean().item() / max(count, 1)
 
 
 def _stage_arguments(

@@ -62,6 +62,17 @@ def test_dense_work_is_counted_by_visible_pairs() -> None:
         assert stage.tflops * stage.milliseconds * 1e9 == pytest.approx(2 * pairs * 16 * products)
 
 
+def test_work_of_the_stages_is_that_of_what_is_seen() -> None:
+    config = CONFIG.replace(combine="gated")
+    result = bench.run_benchmark(SHAPE, config, device="cpu", dtype=torch.float32, compiled=False)
+    work = {stage.name: (stage.tflops or 0.0) * stage.milliseconds * 1e9 for stage in result.stages}
+    seen = sum(max(0, min(74, (token - 8 + 1 + 4) // 4)) for token in range(300))
+    assert work["compressed_attention"] == pytest.approx(2 * 2 * 4 * seen * 16)
+    parts = [work[f"{name}_attention"] for name in ("compressed", "selected", "window")]
+    assert work["nsa forward"] == pytest.approx(sum(parts) + work["select_blocks"])
+    assert work["nsa forward+backward"] == pytest.approx(3.5 * sum(parts) + work["select_blocks"])
+
+
 def test_speedup_is_against_the_fastest_dense_attention() -> None:
     stages = (
         bench.Stage("nsa forward", 2.0),
