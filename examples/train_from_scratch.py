@@ -93,8 +93,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = {
         "tokens": 8192,
         "batch": 4,
-        "steps": 2500,
-        "facts": 8,
+        "steps": 4000,
+        "facts": 16,
         "log": 25,
         "samples": 8,
         "time_at": [8192, 16384, 32768],

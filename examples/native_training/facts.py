@@ -10,7 +10,7 @@ from torch import Tensor
 # Digits of a key; the tokenizer gives each a token of its own.
 DIGITS = 5
 # Tokens of text between a fact's two statements, at least.
-NEAREST = 16
+NEAREST = 64
 
 Encode = Callable[[str], list[int]]
 
