@@ -1,4 +1,15 @@
-"""What the Hopper kernels take, and their three calls; arguments as in `gpu/launch.py`."""
+"""Attention to long ranges of keys on a Hopper GPU, in Gluon: what these kernels take, and their three calls.
+
+Same results and arguments as the kernels in Triton of the folder above, which serve every other GPU, dtype, head size
+and visibility.  In each program one warp copies tiles from memory into a ring of shared memory (ring.py), and two
+warpgroups of 64 rows each take them from there.  While one computes exponentials the other's matrix products run;
+Triton, given the same loop, waits for each product.
+
+* forward.py: the softmax over compressed keys, as in FlashAttention-3 (arXiv 2407.08608);
+* query_gradient.py, key_gradient.py: its gradients, the latter for windows too.
+
+Key i stands for the tokens [i·STRIDE, i·STRIDE + LENGTH), as in flash.py.
+"""
 
 import functools
 from typing import Any
@@ -24,8 +35,9 @@ _ALIGNMENT = 16  # bytes; of addresses and strides, for copies to shared memory
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether the device has these kernels' instructions, which no later GPU has either."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    """Whether the device has these kernels' instructions, which NVIDIA's later GPUs do not have either."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def handles(
