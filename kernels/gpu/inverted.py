@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsa_compile.kernels.gpu.flash import EMPTY_LOW, key_range, token_interval
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
+from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 TILE = 1024  # list entries that are counted together, or more:
 MOST_TILES = 256  # of a chunk, which one program sums
@@ -160,11 +161,11 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
     """Inverts contiguous lists [B, H_kv, T, n] int32, not empty, in chunks of `chunk` tokens."""
     B, H_kv, T, n = block_indices.shape
     pairs, entries, chunk_entries = B * H_kv, T * n, chunk * n
-    chunks = triton.cdiv(T, chunk)
-    num_blocks = triton.cdiv(geometry.num_tokens, geometry.selection_block)
+    chunks = cdiv(T, chunk)
+    num_blocks = cdiv(geometry.num_tokens, geometry.selection_block)
     most_tiles = max(1, min(MOST_TILES, COUNT_BYTES // (4 * chunks * pairs * num_blocks)))
-    tile = max(TILE, triton.next_power_of_2(triton.cdiv(chunk_entries, most_tiles)))
-    tiles = triton.cdiv(chunk_entries, tile)
+    tile = max(TILE, next_power_of_2(cdiv(chunk_entries, most_tiles)))
+    tiles = cdiv(chunk_entries, tile)
     counts = torch.zeros((chunks, pairs, tiles, num_blocks), dtype=torch.int32, device=block_indices.device)
     ranks, order = (block_indices.new_empty((pairs, entries)) for _ in range(2))
     bounds = block_indices.new_empty((chunks, pairs, (num_blocks // 4 + 1) * 4))
@@ -176,12 +177,12 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
         HAS_INTERVAL=intervals.first is not None, HAS_DENSE=not geometry.empty,
         SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, STEP=64, num_warps=2, num_stages=1,
     )  # fmt: skip
-    padded = triton.next_power_of_2(tiles)
+    padded = next_power_of_2(tiles)
     start_blocks[(chunks * pairs,)](
         counts, bounds, num_blocks, tiles, TILES=padded, WIDTH=min(1024, 8192 // padded), num_warps=8
     )  # fmt: skip
     size = 1024
-    order_entries[(triton.cdiv(entries, size), pairs)](
+    order_entries[(cdiv(entries, size), pairs)](
         block_indices, ranks, counts, order, entries, num_blocks, chunk_entries, tile, tiles, BLOCK=size, num_warps=4
     )  # fmt: skip
     return InvertedLists(order, bounds)

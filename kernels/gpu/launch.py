@@ -8,10 +8,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from nsa_compile.kernels.gpu import backward, forward, tiles
+from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 LOG2_E = math.log2(math.e)
 MANY_PROGRAMS = 1024  # of a kernel whose programs differ in work: enough that all multiprocessors end together
@@ -128,7 +128,7 @@ def flash_forward(
     if T == 0 or B == 0:
         return
     sizes = tile_sizes("forward", geometry, query, value)
-    grid = (triton.cdiv(T, sizes["BLOCK_M"]), B * H)
+    grid = (cdiv(T, sizes["BLOCK_M"]), B * H)
     lse_only = output is None
     output = lse if output is None else output
     forward.flash_forward[grid](
@@ -148,9 +148,9 @@ def output_dot_gradient(output: Tensor, grad: Tensor) -> Tensor:
     delta = output.new_empty((B, H, T), dtype=torch.float32)
     rows = 64
     if delta.numel():
-        backward.output_dot_gradient[(triton.cdiv(T, rows), B * H)](
+        backward.output_dot_gradient[(cdiv(T, rows), B * H)](
             output, grad, delta, *output.stride()[:3], *grad.stride()[:3], H, T,
-            DV=DV, BLOCK_DV=triton.next_power_of_2(DV), BLOCK_M=rows, num_warps=4,
+            DV=DV, BLOCK_DV=next_power_of_2(DV), BLOCK_M=rows, num_warps=4,
         )  # fmt: skip
     return delta
 
@@ -175,7 +175,7 @@ def flash_query_gradient(
     if T == 0 or B == 0:
         return
     sizes = tile_sizes("query_gradient", geometry, query, value)
-    grid = (triton.cdiv(T, sizes["BLOCK_M"]), B * H)
+    grid = (cdiv(T, sizes["BLOCK_M"]), B * H)
     backward.flash_query_gradient[grid](
         query, key, value, *intervals.pointers(query), grad, lse, delta, grad_query,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
@@ -211,8 +211,8 @@ def flash_key_gradient(
     sizes = tile_sizes("key_gradient", geometry, query, value)
     limit = min(geometry.initial, N) if initial_only else N
     if initial_only:
-        sizes["BLOCK_N"] = min(sizes["BLOCK_N"], max(16, triton.next_power_of_2(limit)))
-    tiles = triton.cdiv(limit, sizes["BLOCK_N"])
+        sizes["BLOCK_N"] = min(sizes["BLOCK_N"], max(16, next_power_of_2(limit)))
+    tiles = cdiv(limit, sizes["BLOCK_N"])
     programs = max(1, tiles * H_kv)
     head_splits = query_splits = 1
     if base is None:

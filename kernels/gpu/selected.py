@@ -10,12 +10,12 @@ and a chunk's queries stay in L2.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from nsa_compile.kernels.gpu import launch, listed, tiles
 from nsa_compile.kernels.gpu.inverted import invert_lists
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
+from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
 BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
@@ -91,8 +91,8 @@ def _selected_geometry(
 
 def _sub_block(selection_block: int) -> tuple[int, int]:
     """Keys that a program holds at a time, and how many such parts a selection block has."""
-    size = min(max(16, triton.next_power_of_2(selection_block)), 64)
-    return size, triton.cdiv(selection_block, size)
+    size = min(max(16, next_power_of_2(selection_block)), 64)
+    return size, cdiv(selection_block, size)
 
 
 def _cuts_blocks(geometry: KeyGeometry, intervals: Intervals) -> bool:
@@ -107,7 +107,7 @@ def _seen_blocks(intervals: Intervals, geometry: KeyGeometry, end: int) -> int:
     """How many blocks, from the first on, can be routed in the lists of tokens before `end`."""
     # Where another kernel handles the keys before each token, blocks that start later are not routed.
     is_cut = intervals.first is None and intervals.is_causal and not geometry.empty
-    return triton.cdiv(min(end, geometry.num_tokens) if is_cut else geometry.num_tokens, geometry.selection_block)
+    return cdiv(min(end, geometry.num_tokens) if is_cut else geometry.num_tokens, geometry.selection_block)
 
 
 def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool) -> dict[str, int]:
@@ -125,14 +125,14 @@ def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool
         limit = {"maxnreg": 168} if width <= 256 else {}  # three programs a multiprocessor
     group_block = min(group, rows)
     if direct:
-        rows = max(16, triton.next_power_of_2(group_block))
+        rows = max(16, next_power_of_2(group_block))
     return {"BLOCK_M": rows, "GROUP_BLOCK": group_block, "num_warps": warps, "num_stages": stages, **limit}
 
 
 def _merge_tile(group: int) -> dict[str, int]:
     """Rows (tokens x heads), heads handled together and warps of the merging kernels."""
     group_block = min(group, 64)
-    return {"BLOCK_M": max(16, triton.next_power_of_2(group_block)), "GROUP_BLOCK": group_block, "num_warps": 4}
+    return {"BLOCK_M": max(16, next_power_of_2(group_block)), "GROUP_BLOCK": group_block, "num_warps": 4}
 
 
 def _chunks(query: Tensor, width: int, slots: int, limit: int) -> list[tuple[int, int]]:
@@ -161,9 +161,9 @@ def _merge(
     group_block = tile["GROUP_BLOCK"]
     first, last, _ = intervals.pointers(block_indices)
     grid = (
-        triton.cdiv(tokens[1] - tokens[0], tile["BLOCK_M"] // group_block),
+        cdiv(tokens[1] - tokens[0], tile["BLOCK_M"] // group_block),
         B * H_kv,
-        triton.cdiv(group, group_block),
+        cdiv(group, group_block),
     )
     if grid[1] == 0:
         return
@@ -198,7 +198,7 @@ def listed_forward(
     output = launch.new_output(query, value)
     lse = query.new_empty((B, H, T), dtype=torch.float32)
     block_size, sub = _sub_block(geometry.selection_block)
-    num_blocks = triton.cdiv(S, geometry.selection_block)
+    num_blocks = cdiv(S, geometry.selection_block)
     constants = launch.head_constants(query, key, value)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
@@ -257,7 +257,7 @@ def listed_backward(
     delta = launch.output_dot_gradient(output, grad)
     grad_query = query.new_empty(query.shape)
     block_size, sub = _sub_block(geometry.selection_block)
-    num_blocks = triton.cdiv(S, geometry.selection_block)
+    num_blocks = cdiv(S, geometry.selection_block)
     constants = launch.head_constants(query, key, value)
     # Blocks differ in how many tokens list them: with few blocks, each is split into shares, which are added in a fixed
     # order afterwards.  Not by the batch, or a sequence's gradients would depend on the others.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nsa_compile.kernels.gpu import launch, ranges
 from nsa_compile.kernels.gpu.flash import key_range, load_tile, token_interval
+from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 SCORE_BYTES = 1 << 28  # a chunk's scores: bounds extra memory
 
@@ -182,7 +183,7 @@ def select_blocks(
     query, compressed_key = launch.contiguous_rows(query), launch.contiguous_rows(compressed_key)
     B, _, T, _ = query.shape
     H_kv, N = compressed_key.shape[1], compressed_key.shape[2]
-    num_blocks = triton.cdiv(num_keys, selection_block)
+    num_blocks = cdiv(num_keys, selection_block)
     output = query.new_empty((B, H_kv, T, num_selected), dtype=torch.int32)
     if output.numel() == 0:
         return output
@@ -196,7 +197,7 @@ def select_blocks(
     constants = intervals.constants()
     heads = launch.head_constants(query, compressed_key, compressed_key)
     per_block = selection_block // block_stride
-    block_r = triton.next_power_of_2(per_block)
+    block_r = next_power_of_2(per_block)
     tile = _score_tile(query, block_r)
     rows, columns = tile["BLOCK_M"], tile["BLOCK_N"]
     if block_valid is not None:
@@ -213,22 +214,22 @@ def select_blocks(
         if N:
             # Without intervals no token of the chunk sees a block after its own.
             seen_keys = min(num_keys, end) if is_causal and first_key is None else num_keys
-            column_tiles = triton.cdiv(triton.cdiv(seen_keys, selection_block), columns // block_r)
-            block_scores[(triton.cdiv(end - start, rows), column_tiles, B * H_kv)](
+            column_tiles = cdiv(cdiv(seen_keys, selection_block), columns // block_r)
+            block_scores[(cdiv(end - start, rows), column_tiles, B * H_kv)](
                 query, compressed_key, lse, first, last, compressed, own, following,
                 *query.stride()[:3], *compressed_key.stride()[:3],
                 H_kv, T, num_keys, N, num_blocks, start, end, scale * launch.LOG2_E,
                 GROUP=heads["GROUP"], LENGTH=block_length, STRIDE=block_stride, PER_BLOCK=per_block, BLOCK_R=block_r,
                 D=heads["D"], BLOCK_D=heads["BLOCK_D"], PRECISION=heads["PRECISION"], **tile, **constants,
             )  # fmt: skip
-        width = triton.next_power_of_2(num_blocks)
+        width = next_power_of_2(num_blocks)
         if is_causal and first_key is None:
-            width = triton.next_power_of_2(triton.cdiv(min(num_keys, end), selection_block))
+            width = next_power_of_2(cdiv(min(num_keys, end), selection_block))
         top_blocks[(end - start, B * H_kv)](
             own, following, first, last, valid, count, output, H_kv, T, num_keys, N, num_blocks, start, end,
             LENGTH=block_length, STRIDE=block_stride, PER_BLOCK=per_block, SELECTION_BLOCK=selection_block,
             NUM_SELECTED=num_selected, NUM_INITIAL=num_initial, NUM_LOCAL=num_local,
-            SLOTS=triton.next_power_of_2(num_selected), WIDTH=width,
+            SLOTS=next_power_of_2(num_selected), WIDTH=width,
             IS_CAUSAL=is_causal, HAS_INTERVAL=first_key is not None, HAS_VALID=block_valid is not None,
             num_warps=_top_warps(width),
         )  # fmt: skip

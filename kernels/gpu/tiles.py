@@ -1,7 +1,17 @@
 """Compile-time facts of the kernels: head sizes, and tile sizes by what was measured (NOTES.md)."""
 
+import functools
+
 import torch
-import triton
+
+from nsa_compile.kernels.gpu.sizes import next_power_of_2
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability; (0, 0) for other devices."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
 
 
 def head_sizes(group: int, size: int, value_size: int, dtype: torch.dtype) -> dict[str, int | str]:
@@ -10,15 +20,15 @@ def head_sizes(group: int, size: int, value_size: int, dtype: torch.dtype) -> di
         "GROUP": group,
         "D": size,
         "DV": value_size,
-        "BLOCK_D": max(16, triton.next_power_of_2(size)),
-        "BLOCK_DV": max(16, triton.next_power_of_2(value_size)),
+        "BLOCK_D": max(16, next_power_of_2(size)),
+        "BLOCK_DV": max(16, next_power_of_2(value_size)),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
     }
 
 
 def is_hopper(device: torch.device) -> bool:
     """Whether tiles may use the shared memory of a Hopper GPU (227 KB a program) rather than an Ampere's (163 KB)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
 
 
 # (stage, range of keys is cut to a window) -> by width (see `width`) up to 128, 256, 384, 512: BLOCK_M, BLOCK_N, warps,
@@ -46,7 +56,7 @@ _SMALLER_FORWARD_CANDIDATES = ((64, 32, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1))
 
 def width(size: int, value_size: int) -> int:
     """Numbers that a kernel holds of a token's key and value: D and D_v as powers of two."""
-    return sum(max(16, triton.next_power_of_2(each)) for each in (size, value_size))
+    return sum(max(16, next_power_of_2(each)) for each in (size, value_size))
 
 
 def tiles_for(stage: str, is_cut: bool, width: int, element_size: int, device: torch.device) -> dict[str, int]:

@@ -15,13 +15,14 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa_compile.kernels.gpu import tiles
 from nsa_compile.kernels.gpu.hopper import forward, key_gradient, query_gradient
 from nsa_compile.kernels.gpu.launch import LOG2_E, Intervals, KeyGeometry, gradient_splits
+from nsa_compile.kernels.gpu.sizes import cdiv
 
 # For fewer, launches take longer than kernels: descriptors are made anew for each.
 FEWEST_QUERIES = 4096
@@ -36,8 +37,7 @@ _ALIGNMENT = 16  # bytes; of addresses and strides, for copies to shared memory
 
 def is_hopper(device: torch.device) -> bool:
     """Whether the device has these kernels' instructions, which NVIDIA's later GPUs do not have either."""
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
+    return tiles.capability(device)[0] == 9
 
 
 def handles(
@@ -84,7 +84,7 @@ def flash_forward(
 ) -> None:
     """Writes output [B, H, T, D_v], as `new_output` makes it, and lse [B, H, T]; without `output` the lse alone."""
     B, H, T, _ = query.shape
-    forward.hopper_forward[triton.cdiv(T, 2 * ROWS), B * H](
+    forward.hopper_forward[cdiv(T, 2 * ROWS), B * H](
         query, _descriptor(key, KEYS), _descriptor(value, KEYS), lse if output is None else output, lse,
         *query.stride()[:3], H, T, key.shape[2], scale * LOG2_E,
         **_constants(query, key, value, intervals, geometry), BLOCK_N=KEYS, LSE_ONLY=output is None,
@@ -105,7 +105,7 @@ def flash_query_gradient(
 ) -> None:
     """Writes grad_query [B, H, T, D], contiguous; lse and delta [B, H, T] contiguous float32."""
     B, H, T, _ = query.shape
-    query_gradient.hopper_query_gradient[triton.cdiv(T, 2 * ROWS), B * H](
+    query_gradient.hopper_query_gradient[cdiv(T, 2 * ROWS), B * H](
         _descriptor(query, ROWS), _descriptor(grad, ROWS), _descriptor(key, KEYS), _descriptor(value, KEYS), lse, delta,
         grad_query, H, T, key.shape[2], scale, scale * LOG2_E,
         **_constants(query, key, value, intervals, geometry), BLOCK_N=KEYS,
@@ -126,15 +126,15 @@ def flash_key_gradient(
     """Gradients of key [B, H_kv, N, D] and value [B, H_kv, N, D_v], contiguous."""
     B, H, T, D = query.shape
     H_kv, N, DV = key.shape[1], key.shape[2], value.shape[-1]
-    group, tiles = H // H_kv, triton.cdiv(N, 2 * ROWS)
-    head_splits, query_splits = gradient_splits(tiles * H_kv, group, T)
+    group, programs = H // H_kv, cdiv(N, 2 * ROWS)
+    head_splits, query_splits = gradient_splits(programs * H_kv, group, T)
     if geometry.is_cut:
         query_splits = 1
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, N, D), dtype=dtype)
     grad_value = key.new_empty((splits, B, H_kv, N, DV), dtype=dtype)
-    key_gradient.hopper_key_gradient[tiles, B * H_kv, splits](
+    key_gradient.hopper_key_gradient[programs, B * H_kv, splits](
         _descriptor(query, QUERIES), _descriptor(grad, QUERIES), _descriptor(key, ROWS), _descriptor(value, ROWS), lse,
         delta, grad_key, grad_value, H, T, N, query_splits, scale, scale * LOG2_E,
         HEADS=group // head_splits, WINDOW=geometry.window, BLOCK_M=QUERIES,
