@@ -116,6 +116,9 @@ def top_blocks(
     score = tl.load(own_ptr + row + blocks, mask=scored, other=0.0)
     reached = (blocks - 1 >= own_low) & (blocks - 1 <= own_high)
     score += tl.load(next_ptr + row + blocks - 1, mask=reached, other=0.0)
+
+    slots = tl.arange(0, SLOTS)
+    chosen = tl.full([SLOTS], -1, tl.int32)
     if HAS_VALID:
         valid_base = valid_ptr + batch.to(tl.int64) * num_blocks
         count_base = count_ptr + batch.to(tl.int64) * (num_blocks + 1)
@@ -123,15 +126,19 @@ def top_blocks(
         before = tl.load(count_base + blocks, mask=candidate, other=0)
         from_start = before - tl.load(count_base + tl.minimum(low_block, num_blocks))
         from_end = tl.load(count_base + tl.maximum(high_block + 1, 0)) - 1 - before
+        forced = (from_start < NUM_INITIAL) | (from_end < NUM_LOCAL)
+        score = tl.where(candidate, tl.where(forced, float("inf"), score), -1.0)
+        first_slot: tl.constexpr = 0
     else:
-        from_start = blocks - low_block
-        from_end = high_block - blocks
-    forced = (from_start < NUM_INITIAL) | (from_end < NUM_LOCAL)
-    score = tl.where(candidate, tl.where(forced, float("inf"), score), -1.0)
+        # Forced blocks are known and take no round of the search.  Where the two kinds meet there are no others.
+        local = high_block + 1 + slots - (NUM_INITIAL + NUM_LOCAL)
+        chosen = tl.where(slots < NUM_INITIAL, low_block + slots, tl.maximum(local, low_block + slots))
+        chosen = tl.where((slots < NUM_INITIAL + NUM_LOCAL) & (chosen <= high_block), chosen, -1)
+        free = (blocks >= low_block + NUM_INITIAL) & (blocks <= high_block - NUM_LOCAL)
+        score = tl.where(candidate & free, score, -1.0)
+        first_slot: tl.constexpr = NUM_INITIAL + NUM_LOCAL
 
-    slots = tl.arange(0, SLOTS)
-    chosen = tl.full([SLOTS], 2147483647, tl.int32)
-    for slot in range(NUM_SELECTED):
+    for slot in range(first_slot, NUM_SELECTED):
         best = tl.max(score, 0)
         block = tl.max(tl.where((score == best) & (score >= 0.0), blocks, -1), 0)
         chosen = tl.where(slots == slot, block, chosen)
