@@ -83,6 +83,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
     parser.add_argument("--block-length", type=int, default=FINE.block_length, help="l, of NSA's compression")
     parser.add_argument("--block-stride", type=int, help="d; that of --block-length by default")
+    parser.add_argument("--num-selected", type=int, help="n, of NSA's choice of blocks")
+    parser.add_argument("--key-heads", type=int, help="KV heads of both models; a group of query heads shares a choice")
     parser.add_argument("--branch-kv", choices=["shared", "independent"], default=FINE.branch_kv)
     parser.add_argument("--only", nargs="*", choices=["dense", "NSA"], help="one of the two runs")
     parser.add_argument("--eager", action="store_true", help="run the graphs as they are, without Inductor")
@@ -93,7 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     gpu = {
         "tokens": 8192,
         "batch": 4,
-        "steps": 4000,
+        "steps": 3500,
         "facts": 16,
         "log": 25,
         "samples": 8,
@@ -103,9 +105,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, value in (gpu if is_gpu else toy).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    options.model = ModelConfig() if is_gpu else ModelConfig(512, 64, layers=2, heads=4, key_heads=2, head_size=16)
+    model = ModelConfig() if is_gpu else ModelConfig(512, 64, layers=2, heads=4, key_heads=2, head_size=16)
+    options.model = dataclasses.replace(model, key_heads=options.key_heads or model.key_heads)
+    config = FINE if is_gpu else TOY
     options.config = dataclasses.replace(
-        FINE if is_gpu else TOY,
+        config,
+        num_selected=options.num_selected or config.num_selected,
         block_length=options.block_length,
         block_stride=options.block_stride or options.block_length,
         branch_kv=options.branch_kv,

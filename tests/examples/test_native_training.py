@@ -107,6 +107,10 @@ def test_train_from_scratch_takes_the_papers_compression() -> None:
     assert (config.block_length, config.block_stride, config.branch_kv) == (32, 16, "independent")
     config = example.parse([*gpu, "--block-length", "8"]).config
     assert (config.block_length, config.block_stride, config.branch_kv) == (8, 8, "shared")
+    options = example.parse([*gpu, "--num-selected", "32", "--key-heads", "4"])
+    assert (options.config.num_selected, options.model.key_heads) == (32, 4)
+    defaults = example.parse(gpu)
+    assert (defaults.config.num_selected, defaults.model.key_heads) == (16, 2)
 
 
 def test_train_from_scratch_keeps_each_stage_of_a_run_that_is_stopped(
