@@ -1,5 +1,6 @@
 """Which implementation serves an operator: Triton on CUDA tensors where there is one, else blockwise aten."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -34,6 +35,11 @@ def implementation(operator: str, query: Tensor) -> Callable[..., Any]:
         if function is not None:
             return function
     return blockwise_function(operator)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which kernels are launched on `device`: Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def blockwise_function(operator: str) -> Callable[..., Any]:

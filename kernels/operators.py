@@ -35,7 +35,7 @@ from nsa_compile.errors import SecondDerivativeError
 from nsa_compile.kernels import learned as _register_learned_parts  # noqa: F401  (importing registers its operators)
 from nsa_compile.kernels import requirement as _register_requirement  # noqa: F401
 from nsa_compile.kernels.attention import attention
-from nsa_compile.kernels.dispatch import implementation
+from nsa_compile.kernels.dispatch import implementation, on_device
 from nsa_compile.kernels.flops import register_flop_formulas
 
 _ATTENTION = (
@@ -116,7 +116,9 @@ def _register() -> torch.library.Library:
 
 def _dispatched(name: str, query_position: int) -> Callable[..., Any]:
     def compute(*tensors: Tensor | None, **attributes: Any) -> Any:
-        return implementation(name, tensors[query_position])(*tensors, **attributes)  # type: ignore[arg-type]
+        query: Any = tensors[query_position]
+        with on_device(query.device):
+            return implementation(name, query)(*tensors, **attributes)
 
     return compute
 

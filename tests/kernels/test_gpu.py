@@ -184,6 +184,22 @@ def test_results_do_not_depend_on_the_batch() -> None:
     assert torch.equal(together[1:], alone)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("combine", ["joint", "gated"])
+def test_tensors_on_a_gpu_that_is_not_the_current_one(combine: str) -> None:
+    query, key, value, _ = draw(8, 2, 1500, 1500, 64, 64, torch.bfloat16, "causal")
+    gates = torch.rand(2, 8, 1500, 3, device="cuda") if combine == "gated" else None
+    config = NSAConfig(combine=combine)
+
+    def run(device: str) -> list[Tensor]:
+        leaves = [each.to(device).detach().requires_grad_() for each in (query, key, value)]
+        output = nsa_attention(*leaves, config=config, gates=None if gates is None else gates.to(device))
+        return [output, *torch.autograd.grad(output, leaves, torch.ones_like(output))]
+
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(one, other.to("cuda:0")) for one, other in zip(run("cuda:0"), run("cuda:1"), strict=True))
+
+
 @pytest.mark.parametrize("combine", ["joint", "gated"])
 def test_cuda_graph_captures_forward_and_backward(combine: str) -> None:
     query, key, value, _ = draw(4, 2, 2048, 2048, 64, 64, torch.bfloat16, "causal")

@@ -1,6 +1,8 @@
 """The operators as torch sees them: schemas, fakes, gradients, compilation, export, autocast, FLOP counts."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -332,3 +334,22 @@ def test_every_operator_has_an_aten_implementation():
     assert dispatch.implementation("window_attention", torch.empty(0)) is dispatch.blockwise_function(
         "window_attention"
     )
+
+
+def test_kernels_are_launched_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.append(torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(operators, "on_device", lambda _: dispatch.on_device(torch.device("cuda", 1)))
+    monkeypatch.setattr(operators, "implementation", lambda name, query: lambda *_, **__: list(entered))
+    compute = operators._dispatched("window_attention_backward", query_position=1)
+    assert compute(torch.empty(0), torch.empty(0)) == [torch.device("cuda", 1)]
+    assert entered[-1].type == "cpu"
+    with dispatch.on_device(torch.device("cpu")):
+        assert len(entered) == 2
