@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from native_training.corpus import token_stream
+from native_training.settings import add_nsa_options, nsa_config
 from native_training.training import backend_for, compile_layers, next_token_loss, optimizer_for, progress
 from quickstart import load, packaged_model
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from nsa_compile import NSAConfig, attach
 from nsa_compile.attach import learned_parts
 
+# Parts of an attention that a pretrained model knows nothing of, and that learn faster than the rest.
+_NEW = ("gates", "compress_key", "compress_value")
 PAPER = NSAConfig(combine="gated", compression="mlp", branch_kv="independent", min_keys=0)
 
 
@@ -77,9 +80,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of training; 300 on a GPU, 2 on a CPU")
     parser.add_argument("--batch", type=int, help="sequences of a step; 4 on a GPU, 1 on a CPU")
     parser.add_argument("--held-out", type=int, help="sequences to evaluate; 16 on a GPU, 1 on a CPU")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the model's own parameters")
-    parser.add_argument("--learned-rate", type=float, default=1e-3, help="of the learned parts")
-    parser.add_argument("--num-selected", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the model's parameters and their copies")
+    parser.add_argument("--learned-rate", type=float, default=1e-3, help="of gates and compression")
+    add_nsa_options(parser)
     parser.add_argument("--no-control", dest="control", action="store_false", help="do not train the dense model too")
     parser.add_argument("--eager", action="store_true", help="run the graphs as they are, without Inductor")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the table")
@@ -91,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, gpu if is_gpu else cpu)
     options.model = options.model or packaged_model()
-    options.config = dataclasses.replace(PAPER, num_selected=options.num_selected)
+    options.config = nsa_config(PAPER, options)
     return options
 
 
@@ -154,8 +157,13 @@ def train(model: Any, text: Text, options: argparse.Namespace) -> None:
 
 
 def split_parameters(model: nn.Module) -> tuple[nn.ParameterList, nn.ParameterList]:
-    """Separates the model's own parameters from the learned parts."""
-    learned = {parameter for parts in learned_parts(model).values() for parameter in parts.parameters()}
+    """Separates what a pretrained model brings, branches' copies of its projections included, from what is new."""
+    learned = {
+        parameter
+        for parts in learned_parts(model).values()
+        for name, parameter in parts.named_parameters()
+        if name.split(".")[0] in _NEW
+    }
     own = [parameter for parameter in model.parameters() if parameter not in learned]
     return nn.ParameterList(own), nn.ParameterList(learned)
 

@@ -23,6 +23,7 @@ from native_training.corpus import PACKAGES, token_stream, train_tokenizer
 from native_training.facts import plant, retrieval_rates
 from native_training.model import Decoder, ModelConfig
 from native_training.outcomes import Outcome, OutcomeFile, table
+from native_training.settings import add_nsa_options, nsa_config
 from native_training.training import backend_for, compile_layers, likeliest, next_token_loss, optimizer_for, progress
 from torch import Tensor, nn
 
@@ -81,11 +82,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log", type=int, help="steps between two notes of the loss")
     parser.add_argument("--samples", type=int, help="questions for each length and depth")
     parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
-    parser.add_argument("--block-length", type=int, default=FINE.block_length, help="l, of NSA's compression")
-    parser.add_argument("--block-stride", type=int, help="d; that of --block-length by default")
-    parser.add_argument("--num-selected", type=int, help="n, of NSA's choice of blocks")
     parser.add_argument("--key-heads", type=int, help="KV heads of both models; a group of query heads shares a choice")
-    parser.add_argument("--branch-kv", choices=["shared", "independent"], default=FINE.branch_kv)
+    add_nsa_options(parser)
     parser.add_argument("--only", nargs="*", choices=["dense", "NSA"], help="one of the two runs")
     parser.add_argument("--eager", action="store_true", help="run the graphs as they are, without Inductor")
     parser.add_argument("--seed", type=int, default=0)
@@ -107,14 +105,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             setattr(options, name, value)
     model = ModelConfig() if is_gpu else ModelConfig(512, 64, layers=2, heads=4, key_heads=2, head_size=16)
     options.model = dataclasses.replace(model, key_heads=options.key_heads or model.key_heads)
-    config = FINE if is_gpu else TOY
-    options.config = dataclasses.replace(
-        config,
-        num_selected=options.num_selected or config.num_selected,
-        block_length=options.block_length,
-        block_stride=options.block_stride or options.block_length,
-        branch_kv=options.branch_kv,
-    )
+    options.config = nsa_config(FINE if is_gpu else TOY, options)
     options.packages = PACKAGES if is_gpu else ("stdlib",)
     options.tokenizer_characters = 20_000_000 if is_gpu else 300_000
     return options

@@ -182,6 +182,25 @@ def test_dense_to_native_evaluates_trains_and_compares(tiny_checkpoint: Path, tm
     assert all(f"{value:.4f}" in written for value in results.values())
 
 
+def test_dense_to_native_trains_what_is_new_faster() -> None:
+    import transformers
+
+    from nsa_compile import attach
+
+    example = load("dense_to_native")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes))
+    before = dict(model.named_parameters())
+    attach(model.base_model, example.parse(["--device", "cpu", "--model", "."]).config, torch.zeros(1, 80).long())
+    own, learned = (set(parameters) for parameters in example.split_parameters(model))
+    names = {name.split(".nsa.")[-1].split(".")[0] for name, each in model.named_parameters() if each in learned}
+    assert names == {"gates", "compress_key", "compress_value"}
+    copies = {each for name, each in model.named_parameters() if ".nsa." in name} - learned
+    assert len(copies) == 2 * 2  # keys and values of two branches; the selected one has the model's own
+    assert own == {*before.values(), *copies}
+    assert example.parse(["--device", "cpu", "--model", ".", "--block-length", "8"]).config.block_stride == 8
+
+
 def test_dense_to_native_shows_what_it_has_when_it_is_stopped(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
