@@ -216,11 +216,9 @@ def flash_key_gradient(
     programs = max(1, tiles * H_kv)
     head_splits = query_splits = 1
     if base is None:
-        head_splits, query_splits = gradient_splits(programs, group, T)
+        head_splits, query_splits = gradient_splits(geometry, programs, group, T)
     if initial_only:
         query_splits = max(1, min(64, T // QUERIES_OF_A_SPLIT))
-    elif geometry.is_cut:
-        query_splits = 1
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 or initial_only else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, limit, D), dtype=dtype)
@@ -240,18 +238,23 @@ def flash_key_gradient(
     )  # fmt: skip
     if initial_only:
         return grad_key.sum(0), grad_value.sum(0)
-    if splits == 1:
-        return grad_key[0], grad_value[0]
-    return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+    return add_splits(grad_key, key.dtype), add_splits(grad_value, value.dtype)
 
 
-def gradient_splits(programs: int, group: int, num_queries: int) -> tuple[int, int]:
+def add_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Adds up [split, ...], in a fixed order."""
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(dtype)
+
+
+def gradient_splits(geometry: KeyGeometry, programs: int, group: int, num_queries: int) -> tuple[int, int]:
     """Into how many parts the sum for keys' gradients is split over the G heads of a group, and over T queries.
 
     Few tiles of keys (compressed tokens, initial blocks) leave the device idle; the parts are added in a fixed order
     afterwards.  `programs` are those of a sequence, not of a batch, or its gradients would depend on the others.
     """
     head_splits = group if programs < MANY_PROGRAMS else 1
+    if geometry.is_cut:  # few queries see a key
+        return head_splits, 1
     return head_splits, max(1, min(MANY_PROGRAMS // (programs * head_splits), num_queries // QUERIES_OF_A_SPLIT))
 
 

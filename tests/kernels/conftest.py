@@ -111,3 +111,21 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 @pytest.fixture(params=VISIBILITIES)
 def visibility(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def _capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph, captured
+
+
+@pytest.fixture(scope="session")
+def capture() -> Callable[[Callable[[], list[Tensor]]], tuple[torch.cuda.CUDAGraph, list[Tensor]]]:
+    """Captures what a function does on the GPU in a CUDA graph; returns it, and where replaying puts the results."""
+    return _capture

@@ -8,6 +8,7 @@ if torch.cuda.is_available():
     pytest.skip("the GPU suite compiles and runs the kernels", allow_module_level=True)
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -126,6 +127,48 @@ def test_hopper_kernels_overlap_their_products_and_do_not_spill(size: int, value
     assert all(kernel.warpgroup_mma and kernel.bulk_copies for kernel in compiled)
     assert not any(kernel.is_serialized() for kernel in compiled)
     assert not any(kernel.spills() for kernel in compiled[:4])
+
+
+def test_hopper_kernels_serve_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_compile.kernels.gpu.hopper import launch as hopper
+    from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
+
+    T = hopper.FEWEST_QUERIES
+    plain, compressed, window = Intervals(None, None, None, True), KeyGeometry(T, 4, 4), KeyGeometry(T, window=512)
+    whole = torch.empty(1, 2, T, 128).bfloat16()
+    rows = torch.zeros(1, T, dtype=torch.int32)
+
+    def stages(
+        tensor: torch.Tensor, intervals: Intervals = plain, geometry: KeyGeometry = compressed, scale: float = 0.1
+    ) -> int:
+        names = ("forward", "query_gradient", "key_gradient")
+        return sum(hopper.handles(name, tensor, tensor, tensor, intervals, geometry, scale) for name in names)
+
+    assert stages(whole) == 0
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    assert stages(whole) == 3
+    assert stages(whole, geometry=window) == 1
+    assert stages(whole, plain._replace(is_causal=False), window) == 0
+    assert stages(whole, geometry=KeyGeometry(T, local_blocks=2, initial=64)) == 0
+    assert stages(whole.float()) == stages(whole[..., :96]) == stages(whole[:, :, 1:]) == stages(whole, scale=-0.1) == 0
+    assert stages(whole, plain._replace(first=rows, last=rows)) == stages(whole, plain._replace(valid=rows > 0)) == 0
+
+
+def test_an_unknown_gluon_leaves_attention_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_compile.kernels.gpu import launch, ranges
+
+    name = "nsa_compile.kernels.gpu.hopper"
+    monkeypatch.setitem(sys.modules, f"{name}.launch", None)
+    if name in sys.modules:
+        monkeypatch.delattr(sys.modules[name], "launch", raising=False)
+    find = ranges._hopper.__wrapped__
+    assert find("cpu") is None
+    with pytest.warns(UserWarning, match="Gluon is unknown"):
+        assert find("cuda") is None
+    monkeypatch.setattr(ranges, "_hopper", lambda _: None)
+    rows = torch.empty(1, 2, 5000, 64)
+    attention = (rows, rows, rows, launch.Intervals(None, None, None, True), launch.KeyGeometry(5000), 0.1)
+    assert ranges._kernels("forward", *attention) is launch
 
 
 def _over(compiled: list, capability: int, compiler: ModuleType) -> dict[str, int]:

@@ -201,7 +201,7 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one(combine: str) -> None:
 
 
 @pytest.mark.parametrize("combine", ["joint", "gated"])
-def test_cuda_graph_captures_forward_and_backward(combine: str) -> None:
+def test_cuda_graph_captures_forward_and_backward(combine: str, capture) -> None:
     query, key, value, _ = draw(4, 2, 2048, 2048, 64, 64, torch.bfloat16, "causal")
     leaves = [each.detach().requires_grad_() for each in (query, key, value)]
     gates = torch.rand(2, 4, 2048, 3, device="cuda") if combine == "gated" else None
@@ -211,14 +211,7 @@ def test_cuda_graph_captures_forward_and_backward(combine: str) -> None:
         output = nsa_attention(*leaves, config=config, gates=gates)
         return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     with torch.no_grad():
         for leaf in leaves:
             leaf.copy_(torch.randn_like(leaf))

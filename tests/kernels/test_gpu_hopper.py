@@ -112,33 +112,14 @@ def test_window_gradients_equal_reference(
     arguments = (grad, query, key, value, None, None, None, output, lse)
     gradients = torch.ops.nsa.window_attention_backward(*arguments, is_causal=True, **attributes)
     for gradient, each in zip(gradients, wanted, strict=True):
-        assert relative_error(gradient, each) < 1.5 * BUDGET[torch.bfloat16] or window == 1
-        assert (gradient.double() - each).abs().max() < 0.05 * max(1.0, each.abs().max())
+        # In a window of one key the gradients of queries and keys are 0.
+        error = (gradient.double() - each).abs().max()
+        assert relative_error(gradient, each) < 1.5 * BUDGET[torch.bfloat16] or (window == 1 and error < 1e-3)
     assert used == {"flash_key_gradient": 1}
 
 
-def test_what_they_do_not_serve_goes_to_triton(hopper) -> None:
-    from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
-
-    plain = Intervals(None, None, None, True)
-    compressed = KeyGeometry(600, 4, 4)
-    whole = torch.empty(1, 2, 600, 128, device="cuda", dtype=torch.bfloat16)
-    rows = torch.zeros(1, 600, dtype=torch.int32, device="cuda")
-
-    def stages(tensor: Tensor, intervals: Intervals = plain, geometry: KeyGeometry = compressed, scale=0.1) -> int:
-        names = ("forward", "query_gradient", "key_gradient")
-        return sum(hopper.handles(name, tensor, tensor, tensor, intervals, geometry, scale) for name in names)
-
-    assert stages(whole) == 3
-    assert stages(whole, geometry=KeyGeometry(600, window=512)) == 1
-    assert stages(whole, plain._replace(is_causal=False), KeyGeometry(600, window=512)) == 0
-    assert stages(whole.float()) == stages(whole[..., :96]) == stages(whole, scale=-0.1) == 0
-    assert stages(whole, plain._replace(first=rows, last=rows)) == stages(whole, plain._replace(valid=rows > 0)) == 0
-    assert stages(whole, geometry=KeyGeometry(600, local_blocks=2, initial=64)) == 0
-
-
 @pytest.mark.parametrize("combine", ["joint", "gated"])
-def test_whole_operator_repeats_under_a_cuda_graph_and_ignores_the_batch(combine: str) -> None:
+def test_whole_operator_repeats_under_a_cuda_graph_and_ignores_the_batch(combine: str, capture) -> None:
     query, key, value = (
         torch.randn(2, 2048, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2)
     )
@@ -151,14 +132,7 @@ def test_whole_operator_repeats_under_a_cuda_graph_and_ignores_the_batch(combine
         output = nsa_attention(*leaves, config=config, gates=gates)
         return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     graph.replay()
     replayed = [each[1].clone() for each in captured]
     assert all(torch.equal(one, other[1]) for one, other in zip(replayed, run(), strict=True))

@@ -21,7 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_compile.kernels.gpu import tiles
 from nsa_compile.kernels.gpu.hopper import forward, key_gradient, query_gradient
-from nsa_compile.kernels.gpu.launch import LOG2_E, Intervals, KeyGeometry, gradient_splits
+from nsa_compile.kernels.gpu.launch import LOG2_E, Intervals, KeyGeometry, add_splits, gradient_splits
 from nsa_compile.kernels.gpu.sizes import cdiv
 
 # For fewer, launches take longer than kernels: descriptors are made anew for each.
@@ -127,9 +127,7 @@ def flash_key_gradient(
     B, H, T, D = query.shape
     H_kv, N, DV = key.shape[1], key.shape[2], value.shape[-1]
     group, programs = H // H_kv, cdiv(N, 2 * ROWS)
-    head_splits, query_splits = gradient_splits(programs * H_kv, group, T)
-    if geometry.is_cut:
-        query_splits = 1
+    head_splits, query_splits = gradient_splits(geometry, programs * H_kv, group, T)
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, N, D), dtype=dtype)
@@ -140,9 +138,7 @@ def flash_key_gradient(
         HEADS=group // head_splits, WINDOW=geometry.window, BLOCK_M=QUERIES,
         **_constants(query, key, value, intervals, geometry),
     )  # fmt: skip
-    if splits == 1:
-        return grad_key[0], grad_value[0]
-    return grad_key.sum(0).to(key.dtype), grad_value.sum(0).to(value.dtype)
+    return add_splits(grad_key, key.dtype), add_splits(grad_value, value.dtype)
 
 
 def _constants(
