@@ -64,7 +64,8 @@ def block_entries(bounds_ptr, pair, block, num_blocks, split, splits, SMALLEST: 
 def rank_entries(
     blocks_ptr, first_ptr, last_ptr, counts_ptr, ranks_ptr, T, S, num_blocks, H_kv, window, local_blocks, initial,
     chunk_entries, tile_entries, tiles, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, STEP: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Counts a tile's entries of each block, and each entry's rank among them, −1 where it is not `routed`.
 
@@ -86,7 +87,8 @@ def rank_entries(
         first, last = token_interval(first_ptr, last_ptr, pair // H_kv, tokens, T, T, S, IS_CAUSAL, HAS_INTERVAL)
         low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
         block = tl.load(blocks_ptr + row + entries, mask=inside, other=-1)
-        used = routed(block, low, initial, SELECTION_BLOCK) & (block < num_blocks)
+        slot = entries % NUM_LISTED - FIRST_SLOT
+        used = routed(block, low, initial, SELECTION_BLOCK) & (block < num_blocks) & (slot >= 0) & (slot < SLOTS)
         block = tl.where(used, block, -1)
         # Both in one sum: equal blocks in the lower half, equal ones before in the upper.
         equal = tl.sum(tl.where(block[:, None] == block[None, :], weight, 0), 0)
@@ -127,9 +129,9 @@ def start_blocks(
 @triton.jit
 def order_entries(
     blocks_ptr, ranks_ptr, starts_ptr, order_ptr, num_entries, num_blocks, chunk_entries, tile_entries, tiles,
-    BLOCK: tl.constexpr,
+    NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes each entry that has a rank to where it belongs in order [B, H_kv, T·n], chunk after chunk."""
+    """Writes the place of each entry that has a rank to where it belongs in order [B, H_kv, T·SLOTS], by chunks."""
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pair = tl.program_id(1)
     row = pair.to(tl.int64) * num_entries
@@ -140,15 +142,17 @@ def order_entries(
     chunk_start = chunk * chunk_entries
     tile = (chunk.to(tl.int64) * tl.num_programs(1) + pair) * tiles + (entries - chunk_start) // tile_entries
     start = tl.load(starts_ptr + tile * num_blocks + block, mask=used, other=0)
-    tl.store(order_ptr + row + chunk_start + start + rank, entries, mask=used)
+    row = (row + chunk_start) // NUM_LISTED * SLOTS
+    place = entries // NUM_LISTED * SLOTS + entries % NUM_LISTED - FIRST_SLOT
+    tl.store(order_ptr + row + start + rank, place, mask=used)
 
 
 class InvertedLists(NamedTuple):
     """Each chunk's list entries by block, then by token.
 
     Attributes:
-        order: [B·H_kv, T·n] int32; from a chunk's first token on, the places in [token, slot] of its entries that are
-            used, block after block.  What follows them is not written.
+        order: [B·H_kv, T·slots] int32; from a chunk's first token on, the places in [token, slot] of its entries that
+            are used, block after block.  What follows them is not written.  Slots are those of `KeyGeometry.slots`.
         bounds: [chunks, B·H_kv, N_blk + 1 or more] int32; where a block's entries start, counted from the chunk's
             first.
     """
@@ -167,7 +171,10 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
     tile = max(TILE, next_power_of_2(cdiv(chunk_entries, most_tiles)))
     tiles = cdiv(chunk_entries, tile)
     counts = torch.zeros((chunks, pairs, tiles, num_blocks), dtype=torch.int32, device=block_indices.device)
-    ranks, order = (block_indices.new_empty((pairs, entries)) for _ in range(2))
+    ranks = block_indices.new_empty((pairs, entries))
+    first_slot, slots = geometry.slots(n)
+    order = block_indices.new_empty((pairs, T * slots))
+    constants = {"NUM_LISTED": n, "FIRST_SLOT": first_slot, "SLOTS": slots}
     bounds = block_indices.new_empty((chunks, pairs, (num_blocks // 4 + 1) * 4))
     first, last, _ = intervals.pointers(block_indices)
     # Steps of 64 entries are compared with each other: longer ones cost more comparisons, shorter ones more waiting.
@@ -175,7 +182,7 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
         block_indices, first, last, counts, ranks, T, geometry.num_tokens, num_blocks, H_kv, geometry.window,
         geometry.local_blocks, geometry.initial, chunk_entries, tile, tiles, IS_CAUSAL=intervals.is_causal,
         HAS_INTERVAL=intervals.first is not None, HAS_DENSE=not geometry.empty,
-        SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, STEP=64, num_warps=2, num_stages=1,
+        SELECTION_BLOCK=geometry.selection_block, **constants, STEP=64, num_warps=2, num_stages=1,
     )  # fmt: skip
     padded = next_power_of_2(tiles)
     start_blocks[(chunks * pairs,)](
@@ -183,6 +190,7 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
     )  # fmt: skip
     size = 1024
     order_entries[(cdiv(entries, size), pairs)](
-        block_indices, ranks, counts, order, entries, num_blocks, chunk_entries, tile, tiles, BLOCK=size, num_warps=4
+        block_indices, ranks, counts, order, entries, num_blocks, chunk_entries, tile, tiles, **constants, BLOCK=size,
+        num_warps=4,
     )  # fmt: skip
     return InvertedLists(order, bounds)

@@ -46,6 +46,14 @@ class KeyGeometry:
         """The compile-time part."""
         return {"LENGTH": self.length, "STRIDE": self.stride, "SELECTION_BLOCK": self.selection_block}
 
+    def slots(self, num_listed: int) -> tuple[int, int]:
+        """The first slot of a list of n that can hold a block before the range, and how many such slots there are.
+
+        Lists are ascending and hold all initial and local blocks, which are read as a part of the range.
+        """
+        first = min(cdiv(self.initial, self.selection_block), num_listed - 1)
+        return first, max(1, num_listed - first - self.local_blocks)
+
     @property
     def is_cut(self) -> bool:
         """Whether the range is cut to the end of the interval."""

@@ -57,9 +57,9 @@ def attend_listed(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H_kv, T, S, num_blocks, window, local_blocks, initial, token_start, token_end, scale_log2,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHARE: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_DENSE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial output and base-2 lse of the (token, slot) pairs of one block; rows are pairs x heads of the group.
@@ -75,8 +75,9 @@ def attend_listed(
     if DIRECT:
         start = tl.program_id(0) // SUB
         end = start + 1
-        entry_token = token_start + start // NUM_LISTED
-        block = tl.load(blocks_ptr + (pair.to(tl.int64) * T + token_start) * NUM_LISTED + start)
+        entry_token = token_start + start // SLOTS
+        listed = blocks_ptr + (pair.to(tl.int64) * T + entry_token) * NUM_LISTED
+        block = tl.load(listed + FIRST_SLOT + start % SLOTS)
         entry_first, entry_last = token_interval(
             first_ptr, last_ptr, batch, entry_token, token_end, T, S, IS_CAUSAL, HAS_INTERVAL
         )
@@ -107,13 +108,13 @@ def attend_listed(
     query_base = query_ptr + batch.to(tl.int64) * stride_qb
     parts: tl.constexpr = (GROUP + GROUP_BLOCK - 1) // GROUP_BLOCK
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    first_entry = token_start * NUM_LISTED
-    order = order_ptr + pair.to(tl.int64) * T * NUM_LISTED + first_entry
+    first_entry = token_start * SLOTS
+    order = order_ptr + pair.to(tl.int64) * T * SLOTS + first_entry
     place = entry_places(order, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT)
     pairs = place - first_entry
     following = entry_places(order, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, DIRECT)
     heads, active = entry_heads(start, end, 0, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
-    query = load_entries(query_base, heads, token_start + pairs // NUM_LISTED, active, stride_qh, stride_qt, d, D)
+    query = load_entries(query_base, heads, token_start + pairs // SLOTS, active, stride_qh, stride_qt, d, D)
     for step in range(tl.cdiv(end - start, pairs_per_tile) * parts):
         # What the next step needs is on its way while this one computes.
         coming = entry_places(
@@ -122,12 +123,12 @@ def attend_listed(
         following_pairs = following - first_entry
         heads, active = entry_heads(start, end, step + 1, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
         coming_query = load_entries(
-            query_base, heads, token_start + following_pairs // NUM_LISTED, active, stride_qh, stride_qt, d, D
+            query_base, heads, token_start + following_pairs // SLOTS, active, stride_qh, stride_qt, d, D
         )
         heads, active = entry_heads(start, end, step, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
         logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2
         if MASKED:
-            tokens = token_start + pairs // NUM_LISTED
+            tokens = token_start + pairs // SLOTS
             first, last = token_interval(first_ptr, last_ptr, batch, tokens, token_end, T, S, IS_CAUSAL, HAS_INTERVAL)
             low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
             last = tl.minimum(last, low - 1)
@@ -140,7 +141,7 @@ def attend_listed(
         output = tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
         output *= (1.0 / tl.where(total > 0, total, 1.0))[:, None]
         lse = tl.where(total > 0, reference + tl.log2(total), float("-inf"))
-        row = ((batch.to(tl.int64) * chunk * NUM_LISTED + pairs) * SUB + sub) * (H_kv * GROUP) + heads
+        row = ((batch.to(tl.int64) * chunk * SLOTS + pairs) * SUB + sub) * (H_kv * GROUP) + heads
         tl.store(
             partial_ptr + row[:, None] * DV + dv[None, :], output.to(partial_ptr.dtype.element_ty),
             mask=active[:, None] & (dv < DV)[None, :],
@@ -159,7 +160,7 @@ def listed_gradient(
     stride_gb, stride_gh, stride_gt,
     H_kv, T, S, num_blocks, window, local_blocks, token_start, token_end, scale, scale_log2,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHARE: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
     HAS_DENSE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -200,8 +201,8 @@ def listed_gradient(
     grad_base = grad_ptr + batch.to(tl.int64) * stride_gb
     parts: tl.constexpr = (GROUP + GROUP_BLOCK - 1) // GROUP_BLOCK
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
-    first_entry = token_start * NUM_LISTED
-    order = order_ptr + pair.to(tl.int64) * T * NUM_LISTED + first_entry
+    first_entry = token_start * SLOTS
+    order = order_ptr + pair.to(tl.int64) * T * SLOTS + first_entry
     place = entry_places(order, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
     pairs = place - first_entry
     following = entry_places(order, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
@@ -211,7 +212,7 @@ def listed_gradient(
             order, first_entry, start, end, step + 2, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False
         )
         heads, active = entry_heads(start, end, step, kv_head, parts, pairs_per_tile, GROUP, GROUP_BLOCK, BLOCK_M)
-        tokens = token_start + pairs // NUM_LISTED
+        tokens = token_start + pairs // SLOTS
         query = load_entries(query_base, heads, tokens, active, stride_qh, stride_qt, d, D)
         grad = load_entries(grad_base, heads, tokens, active, stride_gh, stride_gt, dv, DV)
         row = (batch.to(tl.int64) * (H_kv * GROUP) + heads) * T + tokens
@@ -231,7 +232,7 @@ def listed_gradient(
         grad_logits = (weights * (grad_weights - delta[:, None])).to(key.dtype)
         grad_key = tl.dot(tl.trans(grad_logits), query, grad_key, input_precision=PRECISION)
         grad_query = tl.dot(grad_logits, key, input_precision=PRECISION) * scale
-        partial_row = ((batch.to(tl.int64) * chunk * NUM_LISTED + pairs) * SUB + sub) * (H_kv * GROUP) + heads
+        partial_row = ((batch.to(tl.int64) * chunk * SLOTS + pairs) * SUB + sub) * (H_kv * GROUP) + heads
         tl.store(
             partial_ptr + partial_row[:, None] * D + d[None, :], grad_query.to(partial_ptr.dtype.element_ty),
             mask=active[:, None] & (d < D)[None, :],
@@ -254,7 +255,8 @@ def merge_outputs(
     blocks_ptr, first_ptr, last_ptr, partial_ptr, partial_lse_ptr, output_ptr, lse_ptr,
     H_kv, T, S, window, local_blocks, initial, token_start, token_end,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
-    NUM_LISTED: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
 ):  # fmt: skip
     """One softmax of partial outputs [B, token, slot·SUB + sub, H, DV].
@@ -279,9 +281,9 @@ def merge_outputs(
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     listed = blocks_ptr + (pair.to(tl.int64) * T + tokens) * NUM_LISTED
-    row = (batch.to(tl.int64) * (token_end - token_start) + local) * (NUM_LISTED * SUB)
-    for slot in tl.range(NUM_LISTED * SUB, num_stages=3):
-        block = tl.load(listed + slot // SUB, mask=stored, other=-1)
+    row = (batch.to(tl.int64) * (token_end - token_start) + local) * (SLOTS * SUB)
+    for slot in tl.range(SLOTS * SUB, num_stages=3):
+        block = tl.load(listed + FIRST_SLOT + slot // SUB, mask=stored, other=-1)
         used = routed(block, low, initial, SELECTION_BLOCK)
         offset = (row + slot) * H + heads
         lse = tl.load(partial_lse_ptr + offset, mask=used, other=float("-inf"))
@@ -309,7 +311,8 @@ def merge_query_gradients(
     blocks_ptr, first_ptr, last_ptr, partial_ptr, grad_query_ptr,
     H_kv, T, S, window, local_blocks, initial, token_start, token_end,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
-    NUM_LISTED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr,
 ):  # fmt: skip
     """Sum of partial gradients [B, token, slot·SUB + sub, H, D] and, with HAS_DENSE, of what grad_query holds."""
@@ -332,9 +335,9 @@ def merge_query_gradients(
     if HAS_DENSE:
         accumulator += tl.load(grad_query_ptr + target, mask=stored[:, None] & wide, other=0.0).to(tl.float32)
     listed = blocks_ptr + (pair.to(tl.int64) * T + tokens) * NUM_LISTED
-    row = (batch.to(tl.int64) * (token_end - token_start) + local) * (NUM_LISTED * SUB)
-    for slot in tl.range(NUM_LISTED * SUB, num_stages=3):
-        block = tl.load(listed + slot // SUB, mask=stored, other=-1)
+    row = (batch.to(tl.int64) * (token_end - token_start) + local) * (SLOTS * SUB)
+    for slot in tl.range(SLOTS * SUB, num_stages=3):
+        block = tl.load(listed + FIRST_SLOT + slot // SUB, mask=stored, other=-1)
         used = routed(block, low, initial, SELECTION_BLOCK)
         offset = (row + slot) * H + heads
         partial = tl.load(partial_ptr + offset[:, None] * D + columns[None, :], mask=used[:, None] & wide, other=0.0)

@@ -160,6 +160,7 @@ def _merge(
     tile = _merge_tile(group)
     group_block = tile["GROUP_BLOCK"]
     first, last, _ = intervals.pointers(block_indices)
+    first_slot, slots = geometry.slots(n)
     grid = (
         cdiv(tokens[1] - tokens[0], tile["BLOCK_M"] // group_block),
         B * H_kv,
@@ -170,7 +171,7 @@ def _merge(
     kernel[grid](
         block_indices, first, last, *tensors,
         H_kv, T, geometry.num_tokens, geometry.window, geometry.local_blocks, geometry.initial, *tokens,
-        GROUP=group, SUB=sub, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
+        GROUP=group, SUB=sub, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, FIRST_SLOT=first_slot, SLOTS=slots,
         IS_CAUSAL=intervals.is_causal, HAS_INTERVAL=intervals.first is not None,
         HAS_DENSE=not geometry.empty, **tile, **widths,
     )  # fmt: skip
@@ -195,6 +196,7 @@ def listed_forward(
     B, H, T, _ = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
     n = block_indices.shape[-1]
+    first_slot, slots = geometry.slots(n)
     output = launch.new_output(query, value)
     lse = query.new_empty((B, H, T), dtype=torch.float32)
     block_size, sub = _sub_block(geometry.selection_block)
@@ -202,11 +204,11 @@ def listed_forward(
     constants = launch.head_constants(query, key, value)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
-    chunks = _chunks(query, DV, n * sub, PARTIAL_BYTES)
+    chunks = _chunks(query, DV, slots * sub, PARTIAL_BYTES)
     # The same memory for every chunk: its layout is [B, chunk, ...], so that a shorter one uses the start of it.
     longest = chunks[0][1] if chunks else 0
-    partial = query.new_empty(B * longest * n * sub * H * DV)
-    partial_lse = query.new_empty(B * longest * n * sub * H, dtype=torch.float32)
+    partial = query.new_empty(B * longest * slots * sub * H * DV)
+    partial_lse = query.new_empty(B * longest * slots * sub * H, dtype=torch.float32)
     has_entries = B * S * longest * n > 0
     inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries and not direct else None
     for index, (start, end) in enumerate(chunks):
@@ -214,7 +216,7 @@ def listed_forward(
         if has_entries:
             if inverted is None:
                 order, bounds = block_indices, block_indices
-                grid = (chunk * n * sub, B * H_kv)
+                grid = (chunk * slots * sub, B * H_kv)
             else:
                 order, bounds = inverted.order, inverted.bounds[index]
                 grid = (_seen_blocks(intervals, geometry, end) * sub, B * H_kv, MOST_SPLITS)
@@ -224,7 +226,7 @@ def listed_forward(
                 H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, geometry.initial, start, end,
                 scale * launch.LOG2_E,
                 SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
-                HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
+                FIRST_SLOT=first_slot, SLOTS=slots, HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip
         _merge(
@@ -254,6 +256,7 @@ def listed_backward(
     B, H, T, D = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
     n = block_indices.shape[-1]
+    _, slots = geometry.slots(n)
     delta = launch.output_dot_gradient(output, grad)
     grad_query = query.new_empty(query.shape)
     block_size, sub = _sub_block(geometry.selection_block)
@@ -267,9 +270,9 @@ def listed_backward(
     if not geometry.empty:
         launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
-    chunks = _chunks(query, D, n * sub, BACKWARD_PARTIAL_BYTES)
+    chunks = _chunks(query, D, slots * sub, BACKWARD_PARTIAL_BYTES)
     longest = chunks[0][1] if chunks else 0
-    partial = query.new_empty(B * longest * n * sub * H * D)
+    partial = query.new_empty(B * longest * slots * sub * H * D)
     has_entries = B * S * longest * n > 0
     inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries else None
     for index, (start, end) in enumerate(chunks):
@@ -280,7 +283,7 @@ def listed_backward(
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
                 H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, start, end,
                 scale, scale * launch.LOG2_E,
-                SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
+                SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, SLOTS=slots,
                 HAS_DENSE=not geometry.empty, MASKED=_cuts_blocks(geometry, intervals),
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip
