@@ -37,7 +37,7 @@ TOY = dataclasses.replace(FINE, selection_block=16, num_selected=6, num_local=2,
 
 
 # Options that outcomes depend on; those that are compared have them in common.
-_CONDITIONS = ("tokens", "batch", "steps", "learning_rate", "facts", "log", "samples", "eager", "seed")
+_CONDITIONS = ("tokens", "batch", "steps", "learning_rate", "facts", "log", "samples", "eager", "mode", "seed")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Outcome]:
         if name == "NSA":
             attach(model, options.config, data.training[: options.tokens][None].to(options.device), start="scratch")
         config = options.config if name == "NSA" else None
-        compile_layers(model.layers, backend_for(config, options.eager))
+        compile_layers(model.layers, backend_for(config, options.eager), options.mode)
         for stage in Run(name, model, data, options, functools.partial(file.write, name)).stages():
             picture = draw_comparison(file.path)
             progress(f"{name}: {stage}; see {file.path}" + (f" and {picture.name}" if picture else ""))
@@ -84,6 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
     parser.add_argument("--key-heads", type=int, help="KV heads of both models; a group of query heads shares a choice")
     add_nsa_options(parser)
+    parser.add_argument("--mode", help="of torch.compile; CUDA graphs (reduce-overhead) on a GPU if not given")
     parser.add_argument("--only", nargs="*", choices=["dense", "NSA"], help="one of the two runs")
     parser.add_argument("--eager", action="store_true", help="run the graphs as they are, without Inductor")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,6 +105,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     model = ModelConfig() if is_gpu else ModelConfig(512, 64, layers=2, heads=4, key_heads=2, head_size=16)
+    if options.mode is None and is_gpu and not options.eager:
+        options.mode = "reduce-overhead"
     options.model = dataclasses.replace(model, key_heads=options.key_heads or model.key_heads)
     options.config = nsa_config(FINE if is_gpu else TOY, options)
     options.packages = PACKAGES if is_gpu else ("stdlib",)

@@ -17,6 +17,9 @@ from nsa_compile.kernels.intervals import (
 )
 from nsa_compile.kernels.sharding import register_rules_for
 
+# A branch's output that is worth saving: 32,768 tokens of 64 heads of 128 numbers of 16 bits.
+LARGE_OUTPUT_BYTES = 1 << 29
+
 
 def attention(
     query: Tensor,
@@ -120,7 +123,7 @@ def attention(
         candidates = tighten_intervals(first_key, last_key, key_valid, is_causal=is_causal, query=query)
 
     causal = {"is_causal": is_causal, "scale": scale}
-    lse = None
+    compressed_output = lse = None
     if not joint:
         if compressed_value is None:
             compressed_value = mean_compress(value, **compression)
@@ -150,7 +153,7 @@ def attention(
         num_keys=num_keys,
     )
     forced = {"num_initial": num_initial, "num_local": num_local}
-    if joint:
+    if gates is None or compressed_output is None:  # joint, as was checked
         output, _ = torch.ops.nsa.joint_attention(
             query,
             key,
@@ -164,15 +167,24 @@ def attention(
             **forced,
         )
         return output.contiguous()
-    selected_output, _ = torch.ops.nsa.selected_attention(
-        query, key, value, block_indices, *visible, key_valid, **causal, selection_block=selection_block, **forced
-    )
+    selected = (query, key, value, block_indices, *visible, key_valid)
+    forced |= causal | {"selection_block": selection_block}
     window_key = key if window_key is None else _contiguous_rows(window_key)
     window_value = value if window_value is None else _contiguous_rows(window_value)
+    compressed_gate, selected_gate, window_gate = gates.to(_sum_dtype(query)).split(1, -1)
+    if _is_summed_early(
+        compressed_output, query, key, value, gates, compressed_key, compressed_value, window_key, window_value
+    ):
+        total = torch.ops.nsa.gated_selected_attention(*selected, compressed_output, gates, **forced)
+    else:
+        selected_output, _ = torch.ops.nsa.selected_attention(*selected, **forced)
+        # Products promote to the gates' dtype element by element; a cast of its own would be another pass over memory.
+        total = torch.addcmul(compressed_output * compressed_gate, selected_output, selected_gate)
     window_output, _ = torch.ops.nsa.window_attention(
         query, window_key, window_value, *visible, key_valid, **causal, window=window
     )
-    return _weighted_sum(gates, compressed_output, selected_output, window_output)  # type: ignore[arg-type]
+    total = torch.addcmul(total, window_output, window_gate)
+    return total.to(query.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
@@ -180,15 +192,18 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _weighted_sum(gates: Tensor, *outputs: Tensor) -> Tensor:
-    """Sums the branches' outputs, `[B, H, T, D_v]` each, by `gates` `[B, H, T, 3]`, in float32 or float64.
+def _sum_dtype(query: Tensor) -> torch.dtype:
+    """Dtype in which the branches are summed by their gates (arXiv 2502.11089, eq 5)."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
-    Reference: arXiv 2502.11089, eq 5.
+
+def _is_summed_early(output: Tensor, *inputs: Tensor | None) -> bool:
+    """Whether two branches are summed before the third is computed: saves memory where a branch's output needs much.
+
+    Gradients need each branch's output.  Where they are not needed and outputs are small, all gates and sums are fused
+    behind the last branch instead.
     """
-    dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
-    weights = gates.to(dtype).split(1, -1)
-    # Products promote to the weights' dtype element by element; a cast of its own would be another pass over memory.
-    total = outputs[0] * weights[0]
-    for output, weight in zip(outputs[1:], weights[1:], strict=True):
-        total = torch.addcmul(total, output, weight)
-    return total.to(outputs[0].dtype, memory_format=torch.contiguous_format, copy=True)
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
+        return False
+    size = output.numel() * output.element_size()
+    return isinstance(size, int) and size >= LARGE_OUTPUT_BYTES

@@ -5,6 +5,8 @@ Importing this module registers them, once.
 `nsa::attention` is a composite: one node in Dynamo and export graphs, and below them the calls of
 kernels/attention.py.  The others are opaque; each attention branch X has `X_backward`, an operator too.
 `joint_listed` stands only in Inductor's graphs, below autograd: the part of `joint_attention` before its last kernel.
+`gated_selected_attention`, for inference alone, is `selected_attention` summed with the compressed branch's output by
+the first two of `gates` `[B, H, T, 3]`, so that one output needs memory and not two; it has no gradient.
 
 Letters and definitions: B batch, H query heads, H_kv KV heads, T queries, S keys, D and D_v head sizes,
 l `block_length`, d `block_stride`, l' `selection_block`, n `num_selected`, w `window`, N_cmp compressed tokens,
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_compile.errors import SecondDerivativeError
+from nsa_compile.errors import NSAError, SecondDerivativeError
 from nsa_compile.kernels import learned as _register_learned_parts  # noqa: F401  (importing registers its operators)
 from nsa_compile.kernels import requirement as _register_requirement  # noqa: F401
 from nsa_compile.kernels.attention import attention
@@ -72,6 +74,7 @@ _BRANCHES = {
     ),
 }
 BRANCH_OPERATORS = tuple(_BRANCHES)
+_GATED_SELECTED = "gated_selected_attention"
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 
 
@@ -106,6 +109,15 @@ def _register() -> torch.library.Library:
         torch.library.register_autograd(
             f"nsa::{backward}", _refuse_second_derivative, setup_context=_save_nothing, lib=library
         )
+
+    tensors, attributes = _BRANCHES["selected_attention"]
+    tensors += ", Tensor compressed_output, Tensor gates"
+    library.define(f"{_GATED_SELECTED}(Tensor query, {tensors}, *, {attributes}) -> Tensor", tags=tags)
+    library.impl(_GATED_SELECTED, _dispatched(_GATED_SELECTED, query_position=0), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nsa::{_GATED_SELECTED}", _fake_output, lib=library)
+    torch.library.register_autograd(
+        f"nsa::{_GATED_SELECTED}", _refuse_derivative, setup_context=_save_nothing, lib=library
+    )
 
     tensors, attributes = _BRANCHES["joint_attention"]
     library.define(f"joint_listed(Tensor query, {tensors}, *, {attributes}) -> (Tensor output, Tensor lse)", tags=tags)
@@ -150,8 +162,12 @@ def _fake_select_blocks(
     return query.new_empty(size, dtype=torch.int32)
 
 
-def _fake_branch(query: Tensor, _key: Tensor, value: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, Tensor]:
-    output = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
+def _fake_output(query: Tensor, _key: Tensor, value: Tensor, *_: Tensor | None, **__: Any) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
+
+
+def _fake_branch(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, Tensor]:
+    output = _fake_output(query, key, value)
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return output, query.new_empty(query.shape[:3], dtype=lse_dtype)
 
@@ -184,12 +200,19 @@ def _branch_gradient(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
     ctx.num_inputs = len(inputs)
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) and not output.is_floating_point():
         ctx.mark_non_differentiable(output)
 
 
 def _no_gradient(ctx: Any, _grad_output: Tensor | None) -> tuple[None, ...]:
     return (None,) * ctx.num_inputs
+
+
+def _refuse_derivative(_ctx: Any, *_: Tensor) -> None:
+    raise NSAError(
+        f"nsa::{_GATED_SELECTED} has no gradient: a graph that was captured for inference is being trained. Capture "
+        "it with gradients enabled and inputs or parameters that require them."
+    )
 
 
 def _refuse_second_derivative(_ctx: Any, *_: Tensor) -> None:

@@ -62,7 +62,7 @@ def attach(
             have `dummy_inputs`.
         start: "dense": the selected branch is open and branches copy the model's projections, which is near the dense
             model; for checkpoints.  "scratch": all branches halfway open, with projections as random as the model's.
-            The compression starts as the mean in both.
+            The compression starts as the mean, but that of keys as their sum from scratch.
         modules: names of the modules to attach to; None for all that have an attention to be rewritten.
 
     Returns:

@@ -1,4 +1,7 @@
-"""A small decoder as people write one today: RMS norm, rotary embedding, grouped queries, SwiGLU.  It knows no NSA."""
+"""A small decoder as people write one today, which knows no NSA.
+
+RMS norms, of queries and keys too, rotary embedding of a part of each head, grouped queries, SwiGLU.
+"""
 
 import dataclasses
 
@@ -19,6 +22,7 @@ class ModelConfig:
         key_heads: H_kv.
         head_size: D.
         rotary_base: of the rotary embedding.
+        rotary_share: of a head's numbers, those that are rotated by position; the others are alike everywhere.
     """
 
     vocabulary: int = 8192
@@ -28,6 +32,7 @@ class ModelConfig:
     key_heads: int = 2
     head_size: int = 64
     rotary_base: float = 100_000.0
+    rotary_share: float = 0.25
 
 
 class Attention(nn.Module):
@@ -40,6 +45,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.width, config.key_heads * config.head_size, bias=False)
         self.value = nn.Linear(config.width, config.key_heads * config.head_size, bias=False)
         self.output = nn.Linear(config.heads * config.head_size, config.width, bias=False)
+        self.query_norm, self.key_norm = nn.RMSNorm(config.head_size), nn.RMSNorm(config.head_size)
 
     def forward(self, states: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Attends; `rotation` are the cosines and sines `[T, D]` of the rotary embedding."""
@@ -47,9 +53,8 @@ class Attention(nn.Module):
         query, key, value = (
             project(states).unflatten(-1, (-1, size)).transpose(1, 2) for project in (self.query, self.key, self.value)
         )
-        attended = functional.scaled_dot_product_attention(
-            rotate(query, rotation), rotate(key, rotation), value, is_causal=True, enable_gqa=True
-        )
+        query, key = rotate(self.query_norm(query), rotation), rotate(self.key_norm(key), rotation)
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return self.output(attended.transpose(1, 2).flatten(2))
 
 
@@ -98,7 +103,9 @@ class Decoder(nn.Module):
 
     def _rotation(self, length: int, states: Tensor) -> tuple[Tensor, Tensor]:
         size, device = self.config.head_size, states.device
-        frequencies = self.config.rotary_base ** -(torch.arange(0, size, 2, device=device).float() / size)
+        rotated = int(size // 2 * self.config.rotary_share)
+        frequencies = self.config.rotary_base ** -(torch.arange(rotated, device=device) / rotated)
+        frequencies = functional.pad(frequencies, (0, size // 2 - rotated))
         angles = torch.outer(torch.arange(length, device=device).float(), frequencies).repeat(1, 2)
         return angles.cos(), angles.sin()
 

@@ -32,10 +32,17 @@ def backend_for(config: NSAConfig | None, eager: bool) -> Any:
     return run_rewritten
 
 
-def compile_layers(layers: Iterable[nn.Module], backend: Any) -> None:
-    """Compiles each layer by itself, in place.  Layers are alike, so one graph serves all and is compiled once."""
+def compile_layers(layers: Iterable[nn.Module], backend: Any, mode: str | None = None) -> None:
+    """Compiles each layer by itself, in place.  Layers are alike, so one graph serves all and is compiled once.
+
+    Args:
+        layers: the layers.
+        backend: what `backend_for` returned.
+        mode: of `torch.compile`.  With "reduce-overhead" layers run as CUDA graphs: up to 16,384 tokens or so a step of
+            one sequence otherwise waits for the launches of its kernels.
+    """
     for layer in layers:
-        layer.compile(backend=backend, dynamic=False)
+        layer.compile(backend=backend, dynamic=False, mode=mode)
 
 
 def optimizer_for(model: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
@@ -65,11 +72,14 @@ def next_token_loss(
 ) -> Tensor:
     """Computes the mean negative log-likelihood of each token after the first, nats.
 
+    CUDA graphs begin anew: what an earlier call left in their memory, gradients too, has to be used up by then.
+
     Args:
         decode: from tokens `[B, T]` to hidden states `[B, T, C]`.
         project: from hidden states to logits.
         sequences: `[B, T + 1]`.
     """
+    torch.compiler.cudagraph_mark_step_begin()
     with autocast(sequences.device):
         # In strides as the tokens of `likeliest` have: for others `decode` would be compiled anew.
         states = decode(sequences[:, :-1].clone(memory_format=torch.contiguous_format))
@@ -80,6 +90,7 @@ def next_token_loss(
 
 def likeliest(decode: Callable[[Tensor], Tensor], project: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     """Returns the likeliest next token at each position of `[B, T]`."""
+    torch.compiler.cudagraph_mark_step_begin()
     with autocast(tokens.device):
         return torch.cat([project(part).argmax(-1) for part in decode(tokens).split(_CHUNK, 1)], 1)
 

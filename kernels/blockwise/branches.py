@@ -4,6 +4,8 @@ Each function implements the operator of the same name; kernels/operators.py doc
 Forced blocks (`num_initial`, `num_local`) stand in the lists, and are read from there as any other.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,26 @@ def selected_attention(
     """Attends to the visible tokens of the listed blocks."""
     bounds = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=key.shape[2])
     return attend(query, key, value, key_valid, scale, ListedBlocks(block_indices, selection_block, *bounds))
+
+
+def gated_selected_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    key_valid: Tensor | None,
+    compressed_output: Tensor,
+    gates: Tensor,
+    **attributes: Any,
+) -> Tensor:
+    """Sums `selected_attention` and the compressed branch's output by their gates."""
+    output, _ = selected_attention(query, key, value, block_indices, first_key, last_key, key_valid, **attributes)
+    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    compressed_gate, selected_gate, _ = gates.to(dtype).split(1, -1)
+    total = output.to(dtype).mul_(selected_gate).addcmul_(compressed_output.to(dtype), compressed_gate)
+    return output.copy_(total)
 
 
 def selected_attention_backward(

@@ -71,6 +71,18 @@ def load_tile(pointer, rows, columns, stride, row_mask, COLUMNS: tl.constexpr, B
 
 
 @triton.jit
+def sum_by_gates(
+    output, compressed_ptr, gates_ptr, rows, gate_rows, stride_gate, columns, stored, DV: tl.constexpr
+):  # fmt: skip
+    """Gate 0 · the compressed branch's output + gate 1 · output, [rows, columns] of memory [.., DV]."""
+    compressed_gate = tl.load(gates_ptr + gate_rows, mask=stored, other=0.0).to(tl.float32)
+    selected_gate = tl.load(gates_ptr + gate_rows + stride_gate, mask=stored, other=0.0).to(tl.float32)
+    inside = stored[:, None] & (columns < DV)[None, :]
+    compressed = tl.load(compressed_ptr + rows[:, None] * DV + columns[None, :], mask=inside, other=0.0)
+    return compressed.to(tl.float32) * compressed_gate[:, None] + output * selected_gate[:, None]
+
+
+@triton.jit
 def visible_keys(valid_ptr, keys, low, high, N, HAS_VALID: tl.constexpr):
     """Mask [rows, keys] of what each row sees of the given key indices."""
     seen = (keys[None, :] >= low[:, None]) & (keys[None, :] <= high[:, None])

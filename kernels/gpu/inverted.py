@@ -151,8 +151,8 @@ class InvertedLists(NamedTuple):
     """Each chunk's list entries by block, then by token.
 
     Attributes:
-        order: [B·H_kv, T·slots] int32; from a chunk's first token on, the places in [token, slot] of its entries that
-            are used, block after block.  What follows them is not written.  Slots are those of `KeyGeometry.slots`.
+        order: [B·H_kv, T·SLOTS] int32 (see `KeyGeometry.list_constants`); from a chunk's first token on, the places in
+            [token, slot] of its entries that are used, block after block.  What follows them is not written.
         bounds: [chunks, B·H_kv, N_blk + 1 or more] int32; where a block's entries start, counted from the chunk's
             first.
     """
@@ -172,9 +172,8 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
     tiles = cdiv(chunk_entries, tile)
     counts = torch.zeros((chunks, pairs, tiles, num_blocks), dtype=torch.int32, device=block_indices.device)
     ranks = block_indices.new_empty((pairs, entries))
-    first_slot, slots = geometry.slots(n)
-    order = block_indices.new_empty((pairs, T * slots))
-    constants = {"NUM_LISTED": n, "FIRST_SLOT": first_slot, "SLOTS": slots}
+    constants = geometry.list_constants(n)
+    order = block_indices.new_empty((pairs, T * constants["SLOTS"]))
     bounds = block_indices.new_empty((chunks, pairs, (num_blocks // 4 + 1) * 4))
     first, last, _ = intervals.pointers(block_indices)
     # Steps of 64 entries are compared with each other: longer ones cost more comparisons, shorter ones more waiting.

@@ -5,7 +5,7 @@ Nothing here looks at a value on the device, so launches can be captured in a CU
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,13 +46,14 @@ class KeyGeometry:
         """The compile-time part."""
         return {"LENGTH": self.length, "STRIDE": self.stride, "SELECTION_BLOCK": self.selection_block}
 
-    def slots(self, num_listed: int) -> tuple[int, int]:
-        """The first slot of a list of n that can hold a block before the range, and how many such slots there are.
+    def list_constants(self, num_listed: int) -> dict[str, int]:
+        """Which slots of a list of n can hold a block before the range: the first of them, and how many.
 
         Lists are ascending and hold all initial and local blocks, which are read as a part of the range.
         """
         first = min(cdiv(self.initial, self.selection_block), num_listed - 1)
-        return first, max(1, num_listed - first - self.local_blocks)
+        slots = max(1, num_listed - first - self.local_blocks)
+        return {"NUM_LISTED": num_listed, "FIRST_SLOT": first, "SLOTS": slots}
 
     @property
     def is_cut(self) -> bool:
@@ -82,6 +83,23 @@ class Intervals(NamedTuple):
             "HAS_INTERVAL": self.first is not None,
             "HAS_VALID": self.valid is not None,
         }
+
+
+class GatedSum(NamedTuple):
+    """What the selected branch's output is summed with: gate 0 · compressed + gate 1 · selected.
+
+    Attributes:
+        compressed: the compressed branch's output [B, H, T, D_v], as `new_output` makes it.
+        gates: [B, H, T, 3], any strides.
+    """
+
+    compressed: Tensor
+    gates: Tensor
+
+
+def gate_arguments(gated: GatedSum | None, unused: Tensor) -> tuple[Any, ...]:
+    """The two tensors and the gates' strides, as kernels take them; `unused` stands in where there are none."""
+    return (unused, unused, 0, 0, 0, 0) if gated is None else (*gated, *gated.gates.stride())
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
@@ -116,6 +134,7 @@ def flash_forward(
     output: Tensor | None,
     lse: Tensor,
     has_base: bool = False,
+    gated: "GatedSum | None" = None,
 ) -> None:
     """Writes output [B, H, T, D_v] and lse [B, H, T].
 
@@ -131,6 +150,7 @@ def flash_forward(
         output: as `new_output` makes it; written.
         lse: contiguous float32; written, natural logarithm.
         has_base: output and lse hold an attention to other keys, and become that to both.
+        gated: what the output, not the lse, is summed with.
     """
     B, H, T, _ = query.shape
     if T == 0 or B == 0:
@@ -140,11 +160,11 @@ def flash_forward(
     lse_only = output is None
     output = lse if output is None else output
     forward.flash_forward[grid](
-        query, key, value, *intervals.pointers(query), output, lse,
+        query, key, value, *intervals.pointers(query), output, lse, *gate_arguments(gated, query),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
         scale * LOG2_E,
-        HAS_INITIAL=geometry.initial > 0, HAS_BASE=has_base, LSE_ONLY=lse_only,
+        HAS_INITIAL=geometry.initial > 0, HAS_BASE=has_base, LSE_ONLY=lse_only, HAS_GATES=gated is not None,
         **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
     )  # fmt: skip
 

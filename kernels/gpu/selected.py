@@ -18,6 +18,7 @@ from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
+GATED_PARTIAL_BYTES = 384 << 20  # likewise, where the output is summed with another to save memory
 BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
 MOST_SPLITS = 8  # of a block's list entries: some blocks are listed by most tokens
@@ -49,6 +50,34 @@ def selected_attention(
     intervals = Intervals(first_key, last_key, key_valid, is_causal)
     geometry = _selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
     return listed_forward(query, key, value, block_indices, intervals, geometry, scale)
+
+
+def gated_selected_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    key_valid: Tensor | None,
+    compressed_output: Tensor,
+    gates: Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    selection_block: int,
+    num_initial: int = 0,
+    num_local: int = 0,
+) -> Tensor:
+    """`selected_attention` summed with the compressed branch's output [B, H, T, D_v] by gates [B, H, T, 3].
+
+    Returns:
+        gate 0 · compressed + gate 1 · selected, [B, H, T, D_v].
+    """
+    intervals = Intervals(first_key, last_key, key_valid, is_causal)
+    geometry = _selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
+    gated = launch.GatedSum(compressed_output.transpose(1, 2).contiguous().transpose(1, 2), gates)
+    return listed_forward(query, key, value, block_indices, intervals, geometry, scale, gated=gated)[0]
 
 
 def selected_attention_backward(
@@ -151,7 +180,7 @@ def _merge(
     tokens: tuple[int, int],
     sub: int,
     constants: dict[str, Any],
-    *tensors: Tensor,
+    *tensors: Any,
     **widths: int,
 ) -> None:
     """Launches a merging kernel over the tokens [start, end): rows are tokens x heads of a group."""
@@ -160,7 +189,6 @@ def _merge(
     tile = _merge_tile(group)
     group_block = tile["GROUP_BLOCK"]
     first, last, _ = intervals.pointers(block_indices)
-    first_slot, slots = geometry.slots(n)
     grid = (
         cdiv(tokens[1] - tokens[0], tile["BLOCK_M"] // group_block),
         B * H_kv,
@@ -171,7 +199,7 @@ def _merge(
     kernel[grid](
         block_indices, first, last, *tensors,
         H_kv, T, geometry.num_tokens, geometry.window, geometry.local_blocks, geometry.initial, *tokens,
-        GROUP=group, SUB=sub, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n, FIRST_SLOT=first_slot, SLOTS=slots,
+        GROUP=group, SUB=sub, SELECTION_BLOCK=geometry.selection_block, **geometry.list_constants(n),
         IS_CAUSAL=intervals.is_causal, HAS_INTERVAL=intervals.first is not None,
         HAS_DENSE=not geometry.empty, **tile, **widths,
     )  # fmt: skip
@@ -186,17 +214,20 @@ def listed_forward(
     geometry: KeyGeometry,
     scale: float,
     with_range: bool = True,
+    gated: launch.GatedSum | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of one softmax over the geometry's range of keys and the listed blocks before it.
 
-    Without `with_range`, over those listed blocks only.
+    Without `with_range`, over those listed blocks only.  With `gated` the output is summed with another; as this is for
+    little memory, partial outputs take less too.
     """
     query, key, value = map(launch.contiguous_rows, (query, key, value))
     block_indices = block_indices.contiguous()
     B, H, T, _ = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
     n = block_indices.shape[-1]
-    first_slot, slots = geometry.slots(n)
+    lists = geometry.list_constants(n)
+    slots = lists["SLOTS"]
     output = launch.new_output(query, value)
     lse = query.new_empty((B, H, T), dtype=torch.float32)
     block_size, sub = _sub_block(geometry.selection_block)
@@ -204,7 +235,9 @@ def listed_forward(
     constants = launch.head_constants(query, key, value)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
-    chunks = _chunks(query, DV, slots * sub, PARTIAL_BYTES)
+    chunks = _chunks(query, DV, slots * sub, PARTIAL_BYTES if gated is None else GATED_PARTIAL_BYTES)
+    has_range = with_range and not geometry.empty
+    merge_sum = None if has_range else gated
     # The same memory for every chunk: its layout is [B, chunk, ...], so that a shorter one uses the start of it.
     longest = chunks[0][1] if chunks else 0
     partial = query.new_empty(B * longest * slots * sub * H * DV)
@@ -225,16 +258,17 @@ def listed_forward(
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
                 H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, geometry.initial, start, end,
                 scale * launch.LOG2_E,
-                SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, NUM_LISTED=n,
-                FIRST_SLOT=first_slot, SLOTS=slots, HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
+                SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, **lists,
+                HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip
         _merge(
             listed.merge_outputs, block_indices, intervals, geometry, (start, end), sub, constants,
-            partial, partial_lse, output, lse, DV=DV, BLOCK_DV=constants["BLOCK_DV"],
+            partial, partial_lse, output, lse, *launch.gate_arguments(merge_sum, query),
+            DV=DV, BLOCK_DV=constants["BLOCK_DV"], HAS_GATES=merge_sum is not None,
         )  # fmt: skip
-    if with_range and not geometry.empty:
-        launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse, has_base=True)
+    if has_range:
+        launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse, has_base=True, gated=gated)
     return output, lse
 
 
@@ -256,7 +290,7 @@ def listed_backward(
     B, H, T, D = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
     n = block_indices.shape[-1]
-    _, slots = geometry.slots(n)
+    slots = geometry.list_constants(n)["SLOTS"]
     delta = launch.output_dot_gradient(output, grad)
     grad_query = query.new_empty(query.shape)
     block_size, sub = _sub_block(geometry.selection_block)

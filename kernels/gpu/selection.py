@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import launch, ranges
+from nsa_compile.kernels.gpu import launch, ranges, tiles
 from nsa_compile.kernels.gpu.flash import key_range, load_tile, token_interval
 from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
@@ -153,6 +153,8 @@ def _score_tile(query: Tensor, columns_per_block: int) -> dict[str, int]:
     """Tile of `block_scores`: tokens, compressed tokens, warps and stages."""
     if query.element_size() == 2 and query.shape[-1] <= 128:
         rows, columns, warps, stages = 64, 128, 4, 2
+    elif query.element_size() == 2 and tiles.is_hopper(query.device):
+        rows, columns, warps, stages = 64, 128, 8, 3
     else:
         rows, columns, warps, stages = 32, 32, 4, 1
     return {"BLOCK_M": rows, "BLOCK_N": max(columns_per_block, columns), "num_warps": warps, "num_stages": stages}

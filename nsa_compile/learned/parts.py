@@ -85,11 +85,12 @@ class LinearCompression(nn.Module):
         self.blocks = {"block_length": block_length, "block_stride": block_stride}
         self.weight = nn.Parameter(torch.empty(size, block_length * size))
 
-    def start(self) -> None:
-        """Sets the weight: the mean."""
+    def start(self, is_sum: bool = False) -> None:
+        """Sets the weight: the mean, or the sum."""
         size, width = self.weight.shape
+        length = width // size
         with torch.no_grad():
-            self.weight.copy_(_mean_matrix(size, width // size))
+            self.weight.copy_(_mean_matrix(size, length) * (length if is_sum else 1))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Compresses, as the rewritten graph does."""
@@ -114,14 +115,14 @@ class MLPCompression(nn.Module):
         self.hidden = nn.Linear(block_length * size, 2 * size)
         self.output = nn.Linear(2 * size, size)
 
-    def start(self) -> None:
-        """Sets the parameters: what is computed is the mean, exactly."""
+    def start(self, is_sum: bool = False) -> None:
+        """Sets the parameters: what is computed is the mean, exactly, or the sum."""
         length, size = self.position.shape
         mean, one = _mean_matrix(size, length), torch.eye(size)
         with torch.no_grad():
             # silu(x) − silu(−x) = x: units in pairs make the MLP the identity on the mean.
             self.hidden.weight.copy_(torch.cat([mean, -mean]))
-            self.output.weight.copy_(torch.cat([one, -one], 1))
+            self.output.weight.copy_(torch.cat([one, -one], 1) * (length if is_sum else 1))
             for each in (self.position, self.hidden.bias, self.output.bias):
                 each.zero_()
 
@@ -189,14 +190,14 @@ class LearnedParts(nn.Module):
         """Sets all parameters.
 
         Args:
-            start: "dense": near the dense model.  "scratch": for training from scratch.  The compression is the mean
-                in both.
+            start: "dense": near the dense model.  "scratch": for training from scratch.  The compression is the mean,
+                but the sum of keys from scratch: a single key that matches a query is not diluted by its neighbours.
             originals: name -> the model's own parameter, for branches with their own.
         """
         self.gates.start(start)
-        for child in self.children():
-            if isinstance(child, LinearCompression | MLPCompression):
-                child.start()
+        if self._config.compression != "mean":
+            self.compress_key.start(is_sum=start == "scratch")
+            self.compress_value.start()
         with torch.no_grad():
             for branch in BRANCHES if self.originals else ():
                 for name in self.originals:

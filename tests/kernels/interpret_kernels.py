@@ -71,7 +71,7 @@ def run(
     width: int = 20,
 ) -> dict:
     torch.manual_seed(torch.seed() % 2**31)
-    selected.PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
+    selected.PARTIAL_BYTES = selected.GATED_PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
     # Few enough shares that each has something to do.
     launch.QUERIES_OF_A_SPLIT, selected.MOST_SPLITS, selected.SHARE = (20, 3, 4) if limit == 1 else (2048, 8, 64)
@@ -121,9 +121,17 @@ def run(
     forced = {"num_initial": 1, "num_local": 2}
     blocks = {"selection_block": 16}
     compare("selected_attention", selected, (query, key, value, lists), valid, {**base, **blocks, **forced}, blocks)
+    gates, other = torch.rand(B, T, 3, H).permute(0, 3, 1, 2), torch.randn(B, H, T, DV, dtype=dtype)
+    listed = (query, key, value, lists, first, last, valid)
+    summed = selected.gated_selected_attention(*listed, other, gates, **base, **blocks, **forced)
+    alone, _ = reference.selected_attention(
+        *(each.double() for each in listed[:3]), lists, scale=scale, **blocks, **sight
+    )
+    errors["gated_selected_attention"] = error(
+        summed, other * gates[..., :1].double() + alone * gates[..., 1:2].double()
+    )
     both = {**blocks, "window": width}
     compare("joint_attention", joint, (query, key, value, lists), valid, {**base, **both, **forced}, both)
-    listed = (query, key, value, lists, first, last, valid)
     output, lse = joint.joint_listed(*listed, **base, **both, **forced)
     double = [each.double() if each is not None and each.is_floating_point() else each for each in listed]
     expected, expected_lse = branches.joint_listed(*double, **base, **both, **forced)
@@ -154,7 +162,8 @@ def invert(
     order, bounds = inverted.invert_lists(lists, intervals, geometry, chunk)
     used = (lists >= 0) & (lists * 16 >= geometry.initial) & (lists * 16 < low[:, None, :, None])
     # Lists that break their promise are read like others: what stands where forced blocks do is not used.
-    first_slot, slots = geometry.slots(n)
+    constants = geometry.list_constants(n)
+    first_slot, slots = constants["FIRST_SLOT"], constants["SLOTS"]
     used[..., :first_slot] = used[..., first_slot + slots :] = False
     keys = torch.where(used, lists, blocks).reshape(B * H_kv, T * n)
     wrong = {"order": 0, "bounds": 0}

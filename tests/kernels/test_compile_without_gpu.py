@@ -52,6 +52,7 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
         joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
         joint.joint_attention(query[:, :, :1], key, key, lists[:, :, :1], *nothing, **causal, **blocks, window=512)
         selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)
+        selected.gated_selected_attention(query, key, key, lists, *nothing, output, output[..., :3], **causal, **blocks)
     loops = {
         "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "listed_gradient",
         "merge_outputs", "merge_query_gradients",
@@ -71,7 +72,7 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
 
 @pytest.mark.parametrize(("size", "value_size"), [(64, 64), (192, 128), (256, 256)])
 def test_other_head_sizes_fit_in_shared_memory(size: int, value_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_compile.kernels.gpu import compressed, selected, tiles, window
+    from nsa_compile.kernels.gpu import compressed, selected, selection, tiles, window
 
     compiler = _compiler()
     monkeypatch.setattr(tiles, "is_hopper", lambda device: True)
@@ -99,7 +100,10 @@ def test_other_head_sizes_fit_in_shared_memory(size: int, value_size: int, monke
             arguments = (*tensors, None, None, None)
             output, lse = getattr(module, name)(*arguments, **causal, **attributes)
             getattr(module, f"{name}_backward")(output, *arguments, output, lse, **causal, **attributes)
-    assert {kernel.name for kernel in compiled} >= {"flash_key_gradient", "attend_listed", "listed_gradient"}
+        choice = {**branches[1][3], **branches[2][3], "num_selected": 16}
+        selection.select_blocks(query, key[:, :, :511], lse, None, None, None, None, **causal, **choice)
+    used = {kernel.name for kernel in compiled}
+    assert used >= {"flash_key_gradient", "attend_listed", "listed_gradient", "block_scores"}
     assert _over(compiled, 90, compiler) == {}
 
 

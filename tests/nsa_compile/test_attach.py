@@ -124,10 +124,13 @@ def test_a_dense_start_is_near_the_dense_model(compression, branch_kv):
 
 @pytest.mark.parametrize("start", ["dense", "scratch"])
 @pytest.mark.parametrize("compression", ["linear", "mlp"])
-def test_compression_starts_as_the_mean(compression, start):
+def test_compression_starts_as_the_mean_and_from_scratch_that_of_keys_as_the_sum(compression, start):
     keys = torch.randn(2, 3, 45, WIDTH // HEADS)
     parts = learned_parts(make(CONFIG.replace(compression=compression), start=start))["layers.0"]
-    torch.testing.assert_close(parts.compress_key(keys), keys.unfold(2, 8, 4).mean(-1), rtol=1e-5, atol=1e-6)
+    blocks = keys.unfold(2, 8, 4)
+    expected = blocks.sum(-1) if start == "scratch" else blocks.mean(-1)
+    torch.testing.assert_close(parts.compress_key(keys), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.compress_value(keys), blocks.mean(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_a_start_from_scratch_opens_all_branches_halfway():

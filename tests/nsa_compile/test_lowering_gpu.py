@@ -75,6 +75,36 @@ def test_operator_equals_reference(combine, mode):
         _check(compiled(*leaves), expected, leaves[used], double[used])
 
 
+@pytest.mark.parametrize("mode", ["static", "dynamic", "cuda_graphs"])
+def test_inference_on_long_inputs_holds_two_outputs_at_a_time(mode, monkeypatch):
+    """Beside inputs: two of the branches' outputs, and the partial outputs of one."""
+    from nsa_compile.kernels import attention
+    from nsa_compile.kernels.gpu import selected
+
+    config, length = NSAConfig(combine="gated"), 8192
+    size = length * 32 * 128 * 2
+    monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", size)
+    monkeypatch.setattr(selected, "GATED_PARTIAL_BYTES", size // 4)
+    query, key, value, logits = (
+        torch.randn(1, length, heads, last, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for heads, last in ((32, 128), (2, 128), (2, 128), (32, 3))
+    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, logits: Tensor) -> Tensor:
+        return nsa_attention(query, key, value, gates=logits.sigmoid(), config=config).transpose(1, 2).flatten(2)
+
+    compiled = torch.compile(attend, backend=NSABackend(), fullgraph=True, **MODES[mode])
+    compiled(query, key, value, logits)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    output = compiled(query, key, value, logits)
+    if mode == "static":
+        assert torch.cuda.max_memory_allocated() - held < 2.5 * size
+    monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", size + 1)
+    assert _relative_error(output, attend(query, key, value, logits).double()) < OUTPUT_BUDGET
+
+
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_joint_attention_over_few_blocks_equals_reference(mode):
     function, blocks = torch.ops.nsa.joint_attention, {"selection_block": 64, "window": 512}
