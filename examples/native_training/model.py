@@ -1,6 +1,6 @@
 """A small decoder as people write one today, which knows no NSA.
 
-RMS norms, of queries and keys too, rotary embedding of a part of each head, grouped queries, SwiGLU.
+RMS norms, of queries and keys too, rotary embedding, grouped queries, SwiGLU.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ class ModelConfig:
         key_heads: H_kv.
         head_size: D.
         rotary_base: of the rotary embedding.
-        rotary_share: of a head's numbers, those that are rotated by position; the others are alike everywhere.
     """
 
     vocabulary: int = 8192
@@ -32,7 +31,6 @@ class ModelConfig:
     key_heads: int = 2
     head_size: int = 64
     rotary_base: float = 100_000.0
-    rotary_share: float = 0.25
 
 
 class Attention(nn.Module):
@@ -103,9 +101,7 @@ class Decoder(nn.Module):
 
     def _rotation(self, length: int, states: Tensor) -> tuple[Tensor, Tensor]:
         size, device = self.config.head_size, states.device
-        rotated = int(size // 2 * self.config.rotary_share)
-        frequencies = self.config.rotary_base ** -(torch.arange(rotated, device=device) / rotated)
-        frequencies = functional.pad(frequencies, (0, size // 2 - rotated))
+        frequencies = self.config.rotary_base ** -(torch.arange(0, size, 2, device=device).float() / size)
         angles = torch.outer(torch.arange(length, device=device).float(), frequencies).repeat(1, 2)
         return angles.cos(), angles.sin()
 

@@ -56,6 +56,11 @@ class KeyGeometry:
         return {"NUM_LISTED": num_listed, "FIRST_SLOT": first, "SLOTS": slots}
 
     @property
+    def span(self) -> tiles.Span:
+        """What the range is, for the choice of tiles."""
+        return "window" if self.window else "blocks" if self.local_blocks else "whole"
+
+    @property
     def is_cut(self) -> bool:
         """Whether the range is cut to the end of the interval."""
         return self.window + self.local_blocks > 0
@@ -121,7 +126,7 @@ def head_constants(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int |
 def tile_sizes(stage: str, geometry: KeyGeometry, query: Tensor, value: Tensor) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages of a stage: "forward", "query_gradient" or "key_gradient"."""
     width = tiles.width(query.shape[-1], value.shape[-1])
-    return tiles.tiles_for(stage, geometry.is_cut, width, query.element_size(), query.device)
+    return tiles.tiles_for(stage, geometry.span, width, query.element_size(), query.device)
 
 
 def flash_forward(

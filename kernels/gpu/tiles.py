@@ -1,6 +1,7 @@
 """Compile-time facts of the kernels: head sizes, and tile sizes by what was measured (NOTES.md)."""
 
 import functools
+from typing import Literal
 
 import torch
 
@@ -31,17 +32,22 @@ def is_hopper(device: torch.device) -> bool:
     return capability(device) >= (9, 0)
 
 
-# (stage, range of keys is cut to a window) -> by width (see `width`) up to 128, 256, 384, 512: BLOCK_M, BLOCK_N, warps,
-# stages; 16-bit, measured on an H200 (NOTES.md).
+# A query's range of keys: all that it sees, a window, or some blocks at the end of what it sees.
+Span = Literal["whole", "window", "blocks"]
+
+# (stage, span) -> by width (see `width`) up to 128, 256, 384, 512: BLOCK_M, BLOCK_N, warps, stages; 16-bit, measured on
+# an H200 (NOTES.md).  Blocks have a window's where nothing else is given.
 _HOPPER_TILES = {
-    ("forward", False): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
-    ("forward", True): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
-    ("query_gradient", False): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
-    ("query_gradient", True): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)),
-    ("key_gradient", False): ((64, 64, 4, 3), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 8, 2)),
-    ("key_gradient", True): ((64, 64, 4, 3), (32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
+    ("forward", "whole"): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
+    ("forward", "window"): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)),
+    ("forward", "blocks"): ((64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    ("query_gradient", "whole"): ((128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
+    ("query_gradient", "window"): ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)),
+    ("query_gradient", "blocks"): ((64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)),
+    ("key_gradient", "whole"): ((64, 64, 4, 3), (64, 128, 8, 3), (32, 128, 8, 2), (64, 64, 8, 2)),
+    ("key_gradient", "window"): ((64, 64, 4, 3), (32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
 }
-# Without Hopper's shared memory: the same for both kinds of range; widths up to 256, and above.
+# Without Hopper's shared memory: the same for all spans; widths up to 256, and above.
 _SMALLER_TILES = {
     "forward": ((128, 64, 8, 2), (64, 64, 8, 2)),
     "query_gradient": ((128, 64, 8, 2), (64, 32, 8, 2)),
@@ -59,12 +65,12 @@ def width(size: int, value_size: int) -> int:
     return sum(max(16, next_power_of_2(each)) for each in (size, value_size))
 
 
-def tiles_for(stage: str, is_cut: bool, width: int, element_size: int, device: torch.device) -> dict[str, int]:
+def tiles_for(stage: str, span: Span, width: int, element_size: int, device: torch.device) -> dict[str, int]:
     """Tile sizes, warps and pipeline stages of a stage.
 
     Args:
         stage: "forward", "query_gradient" or "key_gradient".
-        is_cut: the range of keys is cut to a window.
+        span: the range of keys.
         width: what `width` returns, at most 512.
         element_size: bytes of a number.
         device: where the kernel runs.
@@ -72,7 +78,7 @@ def tiles_for(stage: str, is_cut: bool, width: int, element_size: int, device: t
     if element_size > 2:
         sizes = (64, 32, 4, 2) if width <= 256 else (32, 16, 4, 1)
     elif is_hopper(device):
-        sizes = _HOPPER_TILES[stage, is_cut][(width - 1) // 128]
+        sizes = _HOPPER_TILES.get((stage, span), _HOPPER_TILES[stage, "window"])[(width - 1) // 128]
     else:
         sizes = _SMALLER_TILES[stage][width > 256]
     return _named(sizes)
@@ -82,7 +88,7 @@ def forward_candidates(width: int, element_size: int, device: torch.device) -> l
     """Tile sizes of a forward pass over a window that are worth timing, the default first; see `tiles_for`."""
     small = width > 256 or element_size > 2 or not is_hopper(device)
     others = map(_named, _SMALLER_FORWARD_CANDIDATES if small else _FORWARD_CANDIDATES)
-    default = tiles_for("forward", True, width, element_size, device)
+    default = tiles_for("forward", "window", width, element_size, device)
     return [default, *(sizes for sizes in others if sizes != default)]
 
 

@@ -100,7 +100,7 @@ def test_inference_on_long_inputs_holds_two_outputs_at_a_time(mode, monkeypatch)
     torch.cuda.reset_peak_memory_stats()
     output = compiled(query, key, value, logits)
     if mode == "static":
-        assert torch.cuda.max_memory_allocated() - held < 2.5 * size
+        assert torch.cuda.max_memory_allocated() - held < 2.6 * size
     monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", size + 1)
     assert _relative_error(output, attend(query, key, value, logits).double()) < OUTPUT_BUDGET
 
