@@ -85,16 +85,40 @@ def block_scores(
 
 
 @triton.jit
+def ranked_scores(
+    blocks, own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks, lowest, highest, own_low, own_high,
+    low_count, high_count, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr, HAS_VALID: tl.constexpr,
+):  # fmt: skip
+    """Scores by which `blocks` from `lowest` to `highest` are chosen, −1 for others.
+
+    With HAS_VALID, −1 for blocks without a valid key, +inf for forced ones: so many blocks with one are counted before
+    the first that is seen, and up to the last.
+    """
+    score = tl.load(own_ptr + row + blocks, mask=(blocks >= own_low) & (blocks <= own_high), other=0.0)
+    score += tl.load(next_ptr + row + blocks - 1, mask=(blocks > own_low) & (blocks <= own_high + 1), other=0.0)
+    candidate = (blocks >= lowest) & (blocks <= highest)
+    if HAS_VALID:
+        valid = tl.load(valid_ptr + batch.to(tl.int64) * num_blocks + blocks, mask=candidate, other=0)
+        before = tl.load(count_ptr + batch.to(tl.int64) * (num_blocks + 1) + blocks, mask=candidate, other=0)
+        is_forced = (before - low_count < NUM_INITIAL) | (high_count - 1 - before < NUM_LOCAL)
+        score = tl.where(is_forced, float("inf"), score)
+        candidate = candidate & (valid != 0)
+    return tl.where(candidate, score, -1.0)
+
+
+@triton.jit
 def top_blocks(
     own_ptr, next_ptr, first_ptr, last_ptr, valid_ptr, count_ptr, output_ptr,
     H_kv, T, S, N, num_blocks, token_start, token_end,
     LENGTH: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     NUM_SELECTED: tl.constexpr, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """The best NUM_SELECTED blocks of one token: forced ones first, then by score, ties to the later block; ascending.
 
     valid [B, N_blk] says whether a block holds a valid key, count [B, N_blk + 1] how many such blocks come before.
+    Of GROUP neighbouring blocks only the best score is kept; the others are read again when the group wins.
     """
     token = token_start + tl.program_id(0)
     pair = tl.program_id(1)
@@ -109,40 +133,53 @@ def top_blocks(
     own_low = tl.max(low) // PER_BLOCK
     own_high = tl.where(tl.max(high) < 0, -1, tl.max(high) // PER_BLOCK)
 
-    blocks = tl.arange(0, WIDTH)
-    candidate = (blocks >= low_block) & (blocks <= high_block)
-    row = (pair.to(tl.int64) * (token_end - token_start) + tl.program_id(0)) * num_blocks
-    scored = (blocks >= own_low) & (blocks <= own_high)
-    score = tl.load(own_ptr + row + blocks, mask=scored, other=0.0)
-    reached = (blocks - 1 >= own_low) & (blocks - 1 <= own_high)
-    score += tl.load(next_ptr + row + blocks - 1, mask=reached, other=0.0)
-
     slots = tl.arange(0, SLOTS)
     chosen = tl.full([SLOTS], -1, tl.int32)
+    lowest = low_block
+    highest = high_block
+    low_count = 0
+    high_count = 0
     if HAS_VALID:
-        valid_base = valid_ptr + batch.to(tl.int64) * num_blocks
         count_base = count_ptr + batch.to(tl.int64) * (num_blocks + 1)
-        candidate = candidate & (tl.load(valid_base + blocks, mask=candidate, other=0) != 0)
-        before = tl.load(count_base + blocks, mask=candidate, other=0)
-        from_start = before - tl.load(count_base + tl.minimum(low_block, num_blocks))
-        from_end = tl.load(count_base + tl.maximum(high_block + 1, 0)) - 1 - before
-        forced = (from_start < NUM_INITIAL) | (from_end < NUM_LOCAL)
-        score = tl.where(candidate, tl.where(forced, float("inf"), score), -1.0)
+        low_count = tl.load(count_base + tl.minimum(low_block, num_blocks))
+        high_count = tl.load(count_base + tl.maximum(high_block + 1, 0))
         first_slot: tl.constexpr = 0
     else:
         # Forced blocks are known and take no round of the search.  Where the two kinds meet there are no others.
         local = high_block + 1 + slots - (NUM_INITIAL + NUM_LOCAL)
         chosen = tl.where(slots < NUM_INITIAL, low_block + slots, tl.maximum(local, low_block + slots))
         chosen = tl.where((slots < NUM_INITIAL + NUM_LOCAL) & (chosen <= high_block), chosen, -1)
-        free = (blocks >= low_block + NUM_INITIAL) & (blocks <= high_block - NUM_LOCAL)
-        score = tl.where(candidate & free, score, -1.0)
+        lowest += NUM_INITIAL
+        highest -= NUM_LOCAL
         first_slot: tl.constexpr = NUM_INITIAL + NUM_LOCAL
 
+    row = (pair.to(tl.int64) * (token_end - token_start) + tl.program_id(0)) * num_blocks
+    groups = tl.arange(0, WIDTH // GROUP)
+    member = tl.arange(0, GROUP)
+    scores = ranked_scores(
+        groups[:, None] * GROUP + member[None, :], own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks,
+        lowest, highest, own_low, own_high, low_count, high_count, NUM_INITIAL, NUM_LOCAL, HAS_VALID,
+    )  # fmt: skip
+    bests = tl.max(scores, 1)
+
+    # Blocks are chosen in descending order of (score, block): those left are below what was chosen last.
+    last_score = float("inf")
+    last_block = WIDTH
     for slot in range(first_slot, NUM_SELECTED):
-        best = tl.max(score, 0)
-        block = tl.max(tl.where((score == best) & (score >= 0.0), blocks, -1), 0)
+        best = tl.max(bests, 0)
+        group = tl.max(tl.where((bests == best) & (bests >= 0.0), groups, -1), 0)
+        members = tl.where(group < 0, -GROUP, group * GROUP) + member
+        again = ranked_scores(
+            members, own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks,
+            lowest, highest, own_low, own_high, low_count, high_count, NUM_INITIAL, NUM_LOCAL, HAS_VALID,
+        )  # fmt: skip
+        left = (again < last_score) | (members < last_block)
+        block = tl.max(tl.where((again == best) & left, members, -1), 0)
         chosen = tl.where(slots == slot, block, chosen)
-        score = tl.where(blocks == block, -1.0, score)
+        rest = (again < best) | ((again == best) & (members < block))
+        bests = tl.where(groups == group, tl.max(tl.where(rest, again, -1.0), 0), bests)
+        last_score = best
+        last_block = block
     chosen = tl.sort(tl.where(chosen < 0, 2147483647, chosen))
     chosen = tl.where(chosen == 2147483647, -1, chosen)
     target = (pair.to(tl.int64) * T + token) * NUM_SELECTED + slots
@@ -238,7 +275,7 @@ def select_blocks(
             own, following, first, last, valid, count, output, H_kv, T, num_keys, N, num_blocks, start, end,
             LENGTH=block_length, STRIDE=block_stride, PER_BLOCK=per_block, SELECTION_BLOCK=selection_block,
             NUM_SELECTED=num_selected, NUM_INITIAL=num_initial, NUM_LOCAL=num_local,
-            SLOTS=next_power_of_2(num_selected), WIDTH=width,
+            SLOTS=next_power_of_2(num_selected), WIDTH=width, GROUP=min(width, 8),
             IS_CAUSAL=is_causal, HAS_INTERVAL=first_key is not None, HAS_VALID=block_valid is not None,
             num_warps=_top_warps(width),
         )  # fmt: skip

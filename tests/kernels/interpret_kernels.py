@@ -16,6 +16,7 @@ from nsa_compile.kernels import reference
 from nsa_compile.kernels.blockwise import branches
 from nsa_compile.kernels.compression import mean_compress
 from nsa_compile.kernels.gpu import compressed, inverted, joint, launch, selected, selection, window
+from nsa_compile.kernels.intervals import blocks_with_valid_key, tighten_intervals
 
 SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
 # Scales that are not 1/√D.
@@ -113,11 +114,16 @@ def run(
     compare("window_attention", window, (query, key, value), valid, {**base, "window": width}, {"window": width})
     choice = {"selection_block": 16, "num_selected": 4, "num_initial": 1, "num_local": 2}
     lists = reference.select_blocks(query, compressed_key, scale=scale, **numbers, **choice, **sight)
-    if valid is None:
+    candidates, block_valid = (first, last), None
+    if valid is not None:
+        candidates = tighten_intervals(first, last, valid, is_causal=True, query=query)
+        block_valid = blocks_with_valid_key(valid, 16)
+    for name, queries in {"select_blocks": query, "select_blocks of equal scores": torch.zeros_like(query)}.items():
+        wanted = reference.select_blocks(queries, compressed_key, scale=scale, **numbers, **choice, **sight)
         chosen = selection.select_blocks(
-            query, compressed_key, None, first, last, None, None, **base, **numbers, **choice
+            queries, compressed_key, None, *candidates, whole, block_valid, **base, **numbers, **choice
         )
-        errors["select_blocks"] = float((chosen != lists).float().mean())
+        errors[name] = float((chosen != wanted).float().mean())
     forced = {"num_initial": 1, "num_local": 2}
     blocks = {"selection_block": 16}
     compare("selected_attention", selected, (query, key, value, lists), valid, {**base, **blocks, **forced}, blocks)
