@@ -49,6 +49,11 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
         selection.select_blocks(
             query, compressed_key, None, *nothing, None, **causal, **compression, **blocks, num_selected=16
         )
+        seen, valid = torch.empty(1, T, dtype=torch.int32), torch.empty(1, T // 16 - 1, dtype=torch.bool)
+        selection.select_blocks(
+            query, compressed_key, lse, seen, seen, valid, valid[:, : T // 64], **causal, **compression, **blocks,
+            num_selected=16,
+        )  # fmt: skip
         joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
         joint.joint_attention(query[:, :, :1], key, key, lists[:, :, :1], *nothing, **causal, **blocks, window=512)
         selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)
