@@ -98,7 +98,7 @@ def test_train_from_scratch_joins_the_runs_of_two_processes(tmp_path: Path) -> N
     assert "--out" in str(raised.value)
 
 
-def test_train_from_scratch_takes_the_papers_compression() -> None:
+def test_train_from_scratch_takes_other_sizes() -> None:
     pytest.importorskip("tokenizers")
     example = load("train_from_scratch")
     gpu = ["--device", "cuda"]  # the toy's blocks are too small for it
@@ -107,10 +107,10 @@ def test_train_from_scratch_takes_the_papers_compression() -> None:
     assert (config.block_length, config.block_stride, config.branch_kv) == (32, 16, "independent")
     config = example.parse([*gpu, "--block-length", "8"]).config
     assert (config.block_length, config.block_stride, config.branch_kv) == (8, 8, "shared")
-    options = example.parse([*gpu, "--num-selected", "32", "--key-heads", "4"])
-    assert (options.config.num_selected, options.model.key_heads) == (32, 4)
+    options = example.parse([*gpu, "--num-selected", "32", "--key-heads", "8", "--eager"])
+    assert (options.config.num_selected, options.model.key_heads, options.mode) == (32, 8, None)
     defaults = example.parse(gpu)
-    assert (defaults.config.num_selected, defaults.model.key_heads) == (16, 2)
+    assert (defaults.config.num_selected, defaults.model.key_heads, defaults.mode) == (16, 4, "reduce-overhead")
 
 
 def test_train_from_scratch_keeps_each_stage_of_a_run_that_is_stopped(
