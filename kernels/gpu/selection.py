@@ -91,8 +91,8 @@ def ranked_scores(
 ):  # fmt: skip
     """Scores by which `blocks` from `lowest` to `highest` are chosen, −1 for others.
 
-    With HAS_VALID, −1 for blocks without a valid key, +inf for forced ones: so many blocks with one are counted before
-    the first that is seen, and up to the last.
+    With HAS_VALID, −1 for blocks without a valid key and +inf for forced ones; of the blocks with a valid key
+    `low_count` come before the first that is seen, and `high_count` up to the last.
     """
     score = tl.load(own_ptr + row + blocks, mask=(blocks >= own_low) & (blocks <= own_high), other=0.0)
     score += tl.load(next_ptr + row + blocks - 1, mask=(blocks > own_low) & (blocks <= own_high + 1), other=0.0)
@@ -112,13 +112,13 @@ def top_blocks(
     H_kv, T, S, N, num_blocks, token_start, token_end,
     LENGTH: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     NUM_SELECTED: tl.constexpr, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """The best NUM_SELECTED blocks of one token: forced ones first, then by score, ties to the later block; ascending.
 
     valid [B, N_blk] says whether a block holds a valid key, count [B, N_blk + 1] how many such blocks come before.
-    Of GROUP neighbouring blocks only the best score is kept; the others are read again when the group wins.
+    Of NEIGHBOURS blocks in a row only the best score is kept; the others are read again when the group wins.
     """
     token = token_start + tl.program_id(0)
     pair = tl.program_id(1)
@@ -154,10 +154,10 @@ def top_blocks(
         first_slot: tl.constexpr = NUM_INITIAL + NUM_LOCAL
 
     row = (pair.to(tl.int64) * (token_end - token_start) + tl.program_id(0)) * num_blocks
-    groups = tl.arange(0, WIDTH // GROUP)
-    member = tl.arange(0, GROUP)
+    groups = tl.arange(0, WIDTH // NEIGHBOURS)
+    member = tl.arange(0, NEIGHBOURS)
     scores = ranked_scores(
-        groups[:, None] * GROUP + member[None, :], own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks,
+        groups[:, None] * NEIGHBOURS + member[None, :], own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks,
         lowest, highest, own_low, own_high, low_count, high_count, NUM_INITIAL, NUM_LOCAL, HAS_VALID,
     )  # fmt: skip
     bests = tl.max(scores, 1)
@@ -168,7 +168,7 @@ def top_blocks(
     for slot in range(first_slot, NUM_SELECTED):
         best = tl.max(bests, 0)
         group = tl.max(tl.where((bests == best) & (bests >= 0.0), groups, -1), 0)
-        members = tl.where(group < 0, -GROUP, group * GROUP) + member
+        members = tl.where(group < 0, -NEIGHBOURS, group * NEIGHBOURS) + member
         again = ranked_scores(
             members, own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks,
             lowest, highest, own_low, own_high, low_count, high_count, NUM_INITIAL, NUM_LOCAL, HAS_VALID,
@@ -275,7 +275,7 @@ def select_blocks(
             own, following, first, last, valid, count, output, H_kv, T, num_keys, N, num_blocks, start, end,
             LENGTH=block_length, STRIDE=block_stride, PER_BLOCK=per_block, SELECTION_BLOCK=selection_block,
             NUM_SELECTED=num_selected, NUM_INITIAL=num_initial, NUM_LOCAL=num_local,
-            SLOTS=next_power_of_2(num_selected), WIDTH=width, GROUP=min(width, 8),
+            SLOTS=next_power_of_2(num_selected), WIDTH=width, NEIGHBOURS=min(width, 8),
             IS_CAUSAL=is_causal, HAS_INTERVAL=first_key is not None, HAS_VALID=block_valid is not None,
             num_warps=_top_warps(width),
         )  # fmt: skip
