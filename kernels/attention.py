@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa_compile.config import NSAConfig
 from nsa_compile.kernels.checks import check_arguments
-from nsa_compile.kernels.compression import mean_compress
+from nsa_compile.kernels.compression import mean_compress, sum_dtype
 from nsa_compile.kernels.intervals import (
     blocks_with_valid_key,
     resolve_intervals,
@@ -17,7 +17,7 @@ from nsa_compile.kernels.intervals import (
 )
 from nsa_compile.kernels.sharding import register_rules_for
 
-# A branch's output that is worth saving: 32,768 tokens of 64 heads of 128 numbers of 16 bits.
+# A branch's output from which on two are summed early: 32,768 tokens of 64 heads of 128 numbers of 16 bits.
 LARGE_OUTPUT_BYTES = 1 << 29
 
 
@@ -171,7 +171,7 @@ def attention(
     forced |= causal | {"selection_block": selection_block}
     window_key = key if window_key is None else _contiguous_rows(window_key)
     window_value = value if window_value is None else _contiguous_rows(window_value)
-    compressed_gate, selected_gate, window_gate = gates.to(_sum_dtype(query)).split(1, -1)
+    compressed_gate, selected_gate, window_gate = gates.to(sum_dtype(query)).split(1, -1)
     if _is_summed_early(
         compressed_output, query, key, value, gates, compressed_key, compressed_value, window_key, window_value
     ):
@@ -190,11 +190,6 @@ def attention(
 def _contiguous_rows(tensor: Tensor) -> Tensor:
     """Copies a tensor only if its last dimension is not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _sum_dtype(query: Tensor) -> torch.dtype:
-    """Dtype in which the branches are summed by their gates (arXiv 2502.11089, eq 5)."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _is_summed_early(output: Tensor, *inputs: Tensor | None) -> bool:

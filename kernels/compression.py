@@ -9,6 +9,11 @@ from torch import Tensor
 from nsa_compile.kernels.sharding import is_sharded
 
 
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which numbers like a tensor's are summed: float32, float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def count_compressed(num_keys: int, block_length: int, block_stride: int) -> int:
     """Returns N_cmp, the number of compressed tokens that S keys make."""
     return 0 if num_keys < block_length else (num_keys - block_length) // block_stride + 1
@@ -29,9 +34,8 @@ def mean_compress(tokens: Tensor, block_length: int, block_stride: int) -> Tenso
     """
     if count_compressed(tokens.shape[2], block_length, block_stride) == 0:
         return tokens[:, :, :0].contiguous()
-    accumulate = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     # Cast first: Inductor fuses the cast, and the gradient of `unfold` would else be added up in half precision.
-    sums = _chunks(tokens.to(accumulate), block_stride).sum(-1)
+    sums = _chunks(tokens.to(sum_dtype(tokens)), block_stride).sum(-1)
     total = functools.reduce(torch.add, iterate_neighbours(sums, 2, block_length // block_stride))
     return (total / block_length).to(tokens.dtype)
 

@@ -37,6 +37,7 @@ from nsa_compile.errors import NSAError, SecondDerivativeError
 from nsa_compile.kernels import learned as _register_learned_parts  # noqa: F401  (importing registers its operators)
 from nsa_compile.kernels import requirement as _register_requirement  # noqa: F401
 from nsa_compile.kernels.attention import attention
+from nsa_compile.kernels.compression import sum_dtype
 from nsa_compile.kernels.dispatch import implementation, on_device
 from nsa_compile.kernels.flops import register_flop_formulas
 
@@ -168,8 +169,7 @@ def _fake_output(query: Tensor, _key: Tensor, value: Tensor, *_: Tensor | None, 
 
 def _fake_branch(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, Tensor]:
     output = _fake_output(query, key, value)
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return output, query.new_empty(query.shape[:3], dtype=lse_dtype)
+    return output, query.new_empty(query.shape[:3], dtype=sum_dtype(query))
 
 
 def _fake_branch_backward(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa_compile.kernels.blockwise.bounds import compressed_bounds, visible_bounds, window_bounds
 from nsa_compile.kernels.blockwise.parts import KeyRange, ListedBlocks, attend, attend_backward
+from nsa_compile.kernels.compression import sum_dtype
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -123,7 +124,7 @@ def gated_selected_attention(
 ) -> Tensor:
     """Sums `selected_attention` and the compressed branch's output by their gates."""
     output, _ = selected_attention(query, key, value, block_indices, first_key, last_key, key_valid, **attributes)
-    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(output)
     compressed_gate, selected_gate, _ = gates.to(dtype).split(1, -1)
     total = output.to(dtype).mul_(selected_gate).addcmul_(compressed_output.to(dtype), compressed_gate)
     return output.copy_(total)

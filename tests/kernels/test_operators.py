@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsa_compile.errors import NSAError, SecondDerivativeError
-from nsa_compile.kernels import attention, dispatch, operators
+from nsa_compile.kernels import dispatch, operators
 
 SIZES: dict[str, Any] = {
     "block_length": 8,
@@ -90,110 +90,6 @@ def test_opcheck_of_the_listed_share_of_joint_attention(draw_inputs):
     inputs = draw_inputs(num_queries=40, value_size=6, requires_grad=False)
     positional, keywords = _operator_arguments("joint_attention", inputs, "missing")
     torch.library.opcheck(nsa.joint_listed.default, positional, keywords)
-
-
-def _gated_arguments(draw_inputs, bounds="missing", **options):
-    inputs = draw_inputs(num_queries=40, value_size=6, **options)
-    positional, keywords = _operator_arguments("selected_attention", inputs, bounds)
-    dtype = inputs.query.dtype
-    return [*positional, torch.randn(2, 40, 4, 6, dtype=dtype).transpose(1, 2), torch.rand(2, 4, 40, 3)], keywords
-
-
-@pytest.mark.parametrize("bounds", ["missing", "given"])
-def test_opcheck_of_the_selected_branch_summed_by_gates(draw_inputs, bounds):
-    positional, keywords = _gated_arguments(draw_inputs, bounds, requires_grad=False)
-    torch.library.opcheck(nsa.gated_selected_attention.default, positional, keywords)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_selected_branch_summed_by_gates(draw_inputs, relative_error, dtype):
-    positional, keywords = _gated_arguments(draw_inputs, dtype=dtype, requires_grad=False)
-    *selected, compressed, gates = positional
-    kept = compressed.clone()
-    output = nsa.gated_selected_attention(*positional, **keywords)
-    assert output.dtype == dtype
-    assert output.transpose(1, 2).is_contiguous()
-    assert torch.equal(compressed, kept)
-    double = [
-        each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in selected
-    ]
-    alone, _ = nsa.selected_attention(*double, **keywords)
-    expected = gates[..., :1].double() * compressed.double() + gates[..., 1:2].double() * alone
-    assert relative_error(output, expected) < {torch.float64: 1e-7, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
-
-
-def test_the_selected_branch_summed_by_gates_refuses_gradients(draw_inputs):
-    positional, keywords = _gated_arguments(draw_inputs)
-    output = nsa.gated_selected_attention(*positional, **keywords)
-    with pytest.raises(NSAError, match="captured for inference"):
-        output.sum().backward()
-
-
-def _operators_called(call):
-    """Names of the operators of NSA that a call runs."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    names = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            names.append(function._schema.name)
-            return function(*args, **kwargs or {})
-
-    with Recorder():
-        call()
-    return {name.removeprefix("nsa::") for name in names if name.startswith("nsa::")}
-
-
-@pytest.mark.parametrize("by", ["no_grad", "frozen", "trained", "small"])
-def test_large_outputs_are_summed_early_where_no_gradient_is_needed(draw_inputs, monkeypatch, by):
-    inputs = draw_inputs("holes", num_queries=40, value_size=6, requires_grad=by != "frozen")
-    gates = torch.rand(2, 4, 40, 3)
-
-    def attend():
-        with torch.set_grad_enabled(by != "no_grad"):
-            return nsa.attention(*inputs.tensors, gates=gates, combine="gated", **inputs.sight, **SIZES)
-
-    expected = attend()
-    size = 2 * 4 * 40 * 6 * inputs.value.element_size()
-    monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", size + (by == "small"))
-    with torch.no_grad() if by == "small" else contextlib.nullcontext():
-        called = _operators_called(attend)
-        is_early = by in ("no_grad", "frozen")
-        assert ("gated_selected_attention" in called) == is_early
-        assert ("selected_attention" in called) != is_early
-        torch.testing.assert_close(attend(), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("is_training", [False, True])
-def test_graphs_of_large_outputs(draw_inputs, monkeypatch, is_training):
-    """A graph that is captured for training has gradients, one that is captured for inference needs less memory."""
-    monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", 1)
-    torch.compiler.reset()
-    graphs = []
-
-    def keep(graph_module, _inputs):
-        graphs.append(graph_module)
-        return graph_module.forward
-
-    from torch._dynamo.backends.common import aot_autograd
-
-    def attend(query, key, value, gates):
-        return nsa.attention(query, key, value, gates=gates.sigmoid(), combine="gated", **SIZES)
-
-    leaves = _model_inputs(draw_inputs, 40)[:4]
-    compiled = torch.compile(attend, backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=False)
-    with torch.set_grad_enabled(is_training):
-        given = compiled(*leaves)
-    targets = {node.target for graph in graphs for node in graph.graph.nodes}
-    assert (nsa.gated_selected_attention.default in targets) != is_training
-    expected = attend(*leaves)
-    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
-    if is_training:
-        for left, right in zip(
-            torch.autograd.grad(given.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
-        ):
-            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("combine", ["joint", "gated"])
