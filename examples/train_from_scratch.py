@@ -82,7 +82,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log", type=int, help="steps between two notes of the loss")
     parser.add_argument("--samples", type=int, help="questions for each length and depth")
     parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
-    parser.add_argument("--key-heads", type=int, help="KV heads of both models; a group of query heads shares a choice")
+    parser.add_argument("--heads", type=int, help="query heads of both models")
+    parser.add_argument("--key-heads", type=int, help="their KV heads; a group of query heads shares a choice of blocks")
+    parser.add_argument("--head-size", type=int, help="D, size of their heads")
     add_nsa_options(parser)
     parser.add_argument("--mode", help="of torch.compile; CUDA graphs (reduce-overhead) on a GPU if not given")
     parser.add_argument("--only", nargs="*", choices=["dense", "NSA"], help="one of the two runs")
@@ -107,7 +109,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     model = ModelConfig() if is_gpu else ModelConfig(512, 64, layers=2, heads=4, key_heads=2, head_size=16)
     if options.mode is None and is_gpu and not options.eager:
         options.mode = "reduce-overhead"
-    options.model = dataclasses.replace(model, key_heads=options.key_heads or model.key_heads)
+    sizes = {name: getattr(options, name) for name in ("heads", "key_heads", "head_size")}
+    options.model = dataclasses.replace(model, **{name: size for name, size in sizes.items() if size is not None})
     options.config = nsa_config(FINE if is_gpu else TOY, options)
     options.packages = PACKAGES if is_gpu else ("stdlib",)
     options.tokenizer_characters = 20_000_000 if is_gpu else 300_000

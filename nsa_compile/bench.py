@@ -291,7 +291,8 @@ def _time(call: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(call, warmup=50, rep=200, return_mode="median"))  # type: ignore[arg-type]
+        # Long enough for several runs of what takes longest.
+        return float(do_bench(call, warmup=50, rep=1200, return_mode="median"))  # type: ignore[arg-type]
     call()
     times = []
     for _ in range(3):

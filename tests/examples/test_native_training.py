@@ -107,8 +107,10 @@ def test_train_from_scratch_takes_other_sizes() -> None:
     assert (config.block_length, config.block_stride, config.branch_kv) == (32, 16, "independent")
     config = example.parse([*gpu, "--block-length", "8"]).config
     assert (config.block_length, config.block_stride, config.branch_kv) == (8, 8, "shared")
-    options = example.parse([*gpu, "--num-selected", "32", "--key-heads", "8", "--eager"])
-    assert (options.config.num_selected, options.model.key_heads, options.mode) == (32, 8, None)
+    options = example.parse([*gpu, "--num-selected", "32", "--key-heads", "8", "--head-size", "128", "--eager"])
+    model = options.model
+    assert (options.config.num_selected, model.heads, model.key_heads, model.head_size) == (32, 16, 8, 128)
+    assert options.mode is None
     defaults = example.parse(gpu)
     assert (defaults.config.num_selected, defaults.model.key_heads, defaults.mode) == (16, 4, "reduce-overhead")
 
