@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from nsa_compile import NSAConfig, attach
 
-# Finer compression than the paper's (32, 16), and keys that the branches share: in so few steps the scores that choose
-# blocks learn little retrieval otherwise.
-FINE = NSAConfig(combine="gated", compression="mlp", block_length=4, block_stride=4, min_keys=0)
+# Finer compression than the paper's (32, 16), twice as many blocks, and keys that the branches share: in so few steps the
+# scores that choose blocks learn little retrieval otherwise.
+FINE = NSAConfig(combine="gated", compression="mlp", block_length=4, block_stride=4, num_selected=32, min_keys=0)
 # Small blocks for the toy, so that there is something to choose from.
 TOY = dataclasses.replace(FINE, selection_block=16, num_selected=6, num_local=2, window=32)
 
@@ -83,8 +83,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="questions for each length and depth")
     parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
     parser.add_argument("--heads", type=int, help="query heads of both models")
-    parser.add_argument("--key-heads", type=int, help="their KV heads; a group of query heads shares a choice of blocks")
-    parser.add_argument("--head-size", type=int, help="D, size of their heads")
+    parser.add_argument("--key-heads", type=int, help="KV heads; the query heads of a group share a choice of blocks")
+    parser.add_argument("--head-size", type=int, help="D of both models")
     add_nsa_options(parser)
     parser.add_argument("--mode", help="of torch.compile; CUDA graphs (reduce-overhead) on a GPU if not given")
     parser.add_argument("--only", nargs="*", choices=["dense", "NSA"], help="one of the two runs")

@@ -28,7 +28,7 @@ class ModelConfig:
     width: int = 512
     layers: int = 8
     heads: int = 16
-    key_heads: int = 4
+    key_heads: int = 8
     head_size: int = 64
     rotary_base: float = 100_000.0
 

@@ -3,7 +3,8 @@
 Two kernels per chunk of queries.  `block_scores` holds a tile of compressed keys and lets the heads of the group pass
 by, so that the sum over heads happens in registers and no group is padded; probabilities never reach memory, only
 their sums per block do, twice: what a block's compressed tokens give to the block itself, and what the last
-of them, which reach over its end, give to the next.  `top_blocks` adds the two and takes the best.
+of them, which reach over its end, give to the next.  `top_blocks` adds the two and takes the best.  Where compressed
+tokens do not overlap (LENGTH = STRIDE), none reaches over an end, and there are no second sums.
 """
 
 import torch
@@ -28,6 +29,8 @@ def block_scores(
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes own and next [B, H_kv, token, N_blk]: sums over the group's heads of probability x overlap / STRIDE.
+
+    next is 0, and not written, where compressed tokens do not overlap.
 
     A column is one compressed token; BLOCK_R columns, the first PER_BLOCK of them in use, make one selection block.
     Tiles that no token of the program sees are left unwritten; `top_blocks` does not read them.
@@ -72,22 +75,23 @@ def block_scores(
     reach: tl.constexpr = LENGTH // STRIDE
     place = tl.arange(0, BLOCK_R)
     own_weight = tl.minimum(PER_BLOCK - place, reach).to(tl.float32)
-    next_weight = tl.maximum(place + reach - PER_BLOCK, 0).to(tl.float32)
     by_block = tl.reshape(probability, [BLOCK_M, blocks_per_tile, BLOCK_R])
     own = tl.sum(by_block * own_weight[None, None, :], 2)
-    following = tl.sum(by_block * next_weight[None, None, :], 2)
     blocks = block_start + tl.arange(0, blocks_per_tile)
     row = pair.to(tl.int64) * (token_end - token_start) + (tokens - token_start)
     offset = row[:, None] * num_blocks + blocks[None, :]
     mask = stored[:, None] & (blocks < num_blocks)[None, :]
     tl.store(own_ptr + offset, own, mask=mask)
-    tl.store(next_ptr + offset, following, mask=mask)
+    if LENGTH > STRIDE:
+        next_weight = tl.maximum(place + reach - PER_BLOCK, 0).to(tl.float32)
+        tl.store(next_ptr + offset, tl.sum(by_block * next_weight[None, None, :], 2), mask=mask)
 
 
 @triton.jit
 def ranked_scores(
     blocks, own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks, lowest, highest, own_low, own_high,
-    low_count, high_count, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr, HAS_VALID: tl.constexpr,
+    low_count, high_count, NUM_INITIAL: tl.constexpr, NUM_LOCAL: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_VALID: tl.constexpr,
 ):  # fmt: skip
     """Scores by which `blocks` from `lowest` to `highest` are chosen, −1 for others.
 
@@ -95,7 +99,8 @@ def ranked_scores(
     `low_count` come before the first that is seen, and `high_count` up to the last.
     """
     score = tl.load(own_ptr + row + blocks, mask=(blocks >= own_low) & (blocks <= own_high), other=0.0)
-    score += tl.load(next_ptr + row + blocks - 1, mask=(blocks > own_low) & (blocks <= own_high + 1), other=0.0)
+    if OVERLAPS:
+        score += tl.load(next_ptr + row + blocks - 1, mask=(blocks > own_low) & (blocks <= own_high + 1), other=0.0)
     candidate = (blocks >= lowest) & (blocks <= highest)
     if HAS_VALID:
         valid = tl.load(valid_ptr + batch.to(tl.int64) * num_blocks + blocks, mask=candidate, other=0)
@@ -158,7 +163,7 @@ def top_blocks(
     member = tl.arange(0, NEIGHBOURS)
     scores = ranked_scores(
         groups[:, None] * NEIGHBOURS + member[None, :], own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks,
-        lowest, highest, own_low, own_high, low_count, high_count, NUM_INITIAL, NUM_LOCAL, HAS_VALID,
+        lowest, highest, own_low, own_high, low_count, high_count, NUM_INITIAL, NUM_LOCAL, LENGTH > STRIDE, HAS_VALID,
     )  # fmt: skip
     bests = tl.max(scores, 1)
 
@@ -171,7 +176,8 @@ def top_blocks(
         members = tl.where(group < 0, -NEIGHBOURS, group * NEIGHBOURS) + member
         again = ranked_scores(
             members, own_ptr, next_ptr, valid_ptr, count_ptr, row, batch, num_blocks,
-            lowest, highest, own_low, own_high, low_count, high_count, NUM_INITIAL, NUM_LOCAL, HAS_VALID,
+            lowest, highest, own_low, own_high, low_count, high_count, NUM_INITIAL, NUM_LOCAL, LENGTH > STRIDE,
+            HAS_VALID,
         )  # fmt: skip
         left = (again < last_score) | (members < last_block)
         block = tl.max(tl.where((again == best) & left, members, -1), 0)
@@ -251,12 +257,13 @@ def select_blocks(
         count = torch.nn.functional.pad(valid.cumsum(-1, dtype=torch.int32), (1, 0))
     else:
         valid = count = query
-    per_token = B * H_kv * num_blocks * 4
-    size = max(256, SCORE_BYTES // (2 * per_token) // 256 * 256)
+    overlaps = block_length > block_stride
+    per_token = (1 + overlaps) * B * H_kv * num_blocks * 4
+    size = max(256, SCORE_BYTES // per_token // 256 * 256)
     for start in range(0, T, size):
         end = min(start + size, T)
         own = query.new_empty((B, H_kv, end - start, num_blocks), dtype=torch.float32)
-        following = torch.empty_like(own)
+        following = torch.empty_like(own) if overlaps else own
         if N:
             # Without intervals no token of the chunk sees a block after its own.
             seen_keys = min(num_keys, end) if is_causal and first_key is None else num_keys

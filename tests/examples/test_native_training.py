@@ -107,12 +107,12 @@ def test_train_from_scratch_takes_other_sizes() -> None:
     assert (config.block_length, config.block_stride, config.branch_kv) == (32, 16, "independent")
     config = example.parse([*gpu, "--block-length", "8"]).config
     assert (config.block_length, config.block_stride, config.branch_kv) == (8, 8, "shared")
-    options = example.parse([*gpu, "--num-selected", "32", "--key-heads", "8", "--head-size", "128", "--eager"])
+    options = example.parse([*gpu, "--num-selected", "16", "--key-heads", "4", "--head-size", "128", "--eager"])
     model = options.model
-    assert (options.config.num_selected, model.heads, model.key_heads, model.head_size) == (32, 16, 8, 128)
+    assert (options.config.num_selected, model.heads, model.key_heads, model.head_size) == (16, 16, 4, 128)
     assert options.mode is None
     defaults = example.parse(gpu)
-    assert (defaults.config.num_selected, defaults.model.key_heads, defaults.mode) == (16, 4, "reduce-overhead")
+    assert (defaults.config.num_selected, defaults.model.key_heads, defaults.mode) == (32, 8, "reduce-overhead")
 
 
 def test_train_from_scratch_keeps_each_stage_of_a_run_that_is_stopped(

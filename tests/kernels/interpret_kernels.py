@@ -118,11 +118,17 @@ def run(
     if valid is not None:
         candidates = tighten_intervals(first, last, valid, is_causal=True, query=query)
         block_valid = blocks_with_valid_key(valid, 16)
-    for name, queries in {"select_blocks": query, "select_blocks of equal scores": torch.zeros_like(query)}.items():
-        wanted = reference.select_blocks(queries, compressed_key, scale=scale, **numbers, **choice, **sight)
-        chosen = selection.select_blocks(
-            queries, compressed_key, None, *candidates, whole, block_valid, **base, **numbers, **choice
-        )
+    apart = {"block_length": 4, "block_stride": 4}
+    for name, queries, parts in (
+        ("select_blocks", query, compression),
+        ("select_blocks of equal scores", torch.zeros_like(query), compression),
+        ("select_blocks, no overlap", query, apart),
+    ):
+        keys = mean_compress(key, **parts)
+        settings = {**parts, "num_keys": S, **choice}
+        seen = None if valid is None else valid.unfold(1, *parts.values()).all(-1)
+        wanted = reference.select_blocks(queries, keys, scale=scale, **settings, **sight)
+        chosen = selection.select_blocks(queries, keys, None, *candidates, seen, block_valid, **base, **settings)
         errors[name] = float((chosen != wanted).float().mean())
     forced = {"num_initial": 1, "num_local": 2}
     blocks = {"selection_block": 16}

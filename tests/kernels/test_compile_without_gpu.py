@@ -54,6 +54,10 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
             query, compressed_key, lse, seen, seen, valid, valid[:, : T // 64], **causal, **compression, **blocks,
             num_selected=16,
         )  # fmt: skip
+        apart = {"block_length": 4, "block_stride": 4, "num_keys": T}
+        selection.select_blocks(
+            query, key[:, :, : T // 4], lse, *nothing, None, **causal, **apart, **blocks, num_selected=32
+        )
         joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
         joint.joint_attention(query[:, :, :1], key, key, lists[:, :, :1], *nothing, **causal, **blocks, window=512)
         selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)

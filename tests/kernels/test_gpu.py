@@ -139,14 +139,15 @@ def test_selected_branch_summed_by_gates_equals_reference(case: tuple, monkeypat
     assert relative_error(output, expected) < BUDGET[query.dtype]
 
 
+@pytest.mark.parametrize("compression", [COMPRESSION, {"block_length": 4, "block_stride": 4}], ids=["overlap", "apart"])
 @pytest.mark.parametrize("with_lse", [True, False], ids=["gated", "joint"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_lists_equal_reference(case: tuple, with_lse: bool) -> None:
+def test_lists_equal_reference(case: tuple, with_lse: bool, compression: dict[str, int]) -> None:
     query, key, _, sight = draw(*case)
     config = NSAConfig(combine="joint")
     S, scale = key.shape[2], query.shape[-1] ** -0.5
-    compressed_key = mean_compress(key, **COMPRESSION)
-    wanted = reference.select_blocks(query, compressed_key, num_keys=S, **COMPRESSION, **SELECTION, **sight)
+    compressed_key = mean_compress(key, **compression)
+    wanted = reference.select_blocks(query, compressed_key, num_keys=S, **compression, **SELECTION, **sight)
     first, last, valid, block_valid = sight.get("first_key"), sight.get("last_key"), sight.get("key_valid"), None
     if valid is not None:
         from nsa_compile.kernels.intervals import (
@@ -157,16 +158,16 @@ def test_lists_equal_reference(case: tuple, with_lse: bool) -> None:
 
         block_valid = blocks_with_valid_key(valid, config.selection_block)
         first, last = tighten_intervals(None, None, valid, is_causal=True, query=query)
-        valid = valid_compressed_tokens(valid, **COMPRESSION)
+        valid = valid_compressed_tokens(valid, **compression)
     lse = None
     if with_lse:
         lse = torch.ops.nsa.compressed_attention(
             query, compressed_key, compressed_key, first, last, valid,
-            is_causal=True, scale=scale, **COMPRESSION, num_keys=S,
+            is_causal=True, scale=scale, **compression, num_keys=S,
         )[1]  # fmt: skip
     chosen = torch.ops.nsa.select_blocks(
         query, compressed_key, lse, first, last, valid, block_valid,
-        is_causal=True, scale=scale, **COMPRESSION, **SELECTION, num_keys=S,
+        is_causal=True, scale=scale, **compression, **SELECTION, num_keys=S,
     )  # fmt: skip
     # Scores closer than float32 rounding may be ordered either way.
     assert (chosen == wanted).all(-1).float().mean() > 0.999
