@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from nsa_compile import NSAConfig, attach
 
-# Finer compression than the paper's (32, 16), twice as many blocks, and keys that the branches share: in so few steps the
-# scores that choose blocks learn little retrieval otherwise.
+# Finer compression than the paper's (32, 16), twice as many blocks, and keys that the branches share: in so few steps
+# the scores that choose blocks learn little retrieval otherwise.
 FINE = NSAConfig(combine="gated", compression="mlp", block_length=4, block_stride=4, num_selected=32, min_keys=0)
 # Small blocks for the toy, so that there is something to choose from.
 TOY = dataclasses.replace(FINE, selection_block=16, num_selected=6, num_local=2, window=32)
