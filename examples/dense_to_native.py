@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     options.out.mkdir(parents=True, exist_ok=True)
 
     def note(name: str, compiled: Any) -> None:
-        results[name] = evaluate(compiled, text.held_out, options)
+        results[name] = evaluate(compiled, text.held_out, options.device)
         (options.out / "dense_to_native.txt").write_text(table(results, options))
         progress(f"{name}: {results[name]:.4f}")
 
@@ -129,15 +129,15 @@ class Text:
 
 
 @torch.no_grad()
-def evaluate(model: Any, sequences: Tensor, options: argparse.Namespace) -> float:
+def evaluate(model: Any, sequences: Tensor, device: str) -> float:
     """Returns the mean negative log-likelihood of the tokens of `[N, T + 1]` after the first, nats."""
     model.eval()
-    losses = [loss_of(model, part.to(options.device)) * len(part) for part in sequences.split(options.batch)]
-    return torch.stack(losses).sum().item() / len(sequences)
+    losses = [loss_of(model, sequence[None].to(device)) for sequence in sequences]
+    return torch.stack(losses).mean().item()
 
 
 def train(model: Any, text: Text, options: argparse.Namespace) -> None:
-    """Trains all parameters."""
+    """Trains all parameters; one sequence goes through the model at a time."""
     model.train()
     own, learned = split_parameters(model)
     schedules = [optimizer_for(own, options.learning_rate, options.steps)]
@@ -145,17 +145,18 @@ def train(model: Any, text: Text, options: argparse.Namespace) -> None:
         schedules.append(optimizer_for(learned, options.learned_rate, options.steps))
     progress(f"training {options.steps} steps; the first one compiles")
     for step in range(options.steps):
-        loss = loss_of(model, text.batch(step).to(options.device))
-        loss.backward()
+        losses = []
+        for sequence in text.batch(step).to(options.device):
+            loss = loss_of(model, sequence[None])
+            (loss / options.batch).backward()
+            losses.append(loss.detach())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in schedules:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
         if step == 0 or (step + 1) % 25 == 0 or step + 1 == options.steps:
-            progress(f"step {step + 1}: loss {loss.item():.4f}")
-    if options.device != "cpu":
-        progress(f"trained; at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
+            progress(f"step {step + 1}: loss {torch.stack(losses).mean().item():.4f}")
 
 
 def split_parameters(model: nn.Module) -> tuple[nn.ParameterList, nn.ParameterList]:
