@@ -19,28 +19,17 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Returns output [B, H, T, D_v] and lse [B, H, T] float32."""
     query, key, value = map(launch.contiguous_rows, (query, key, value))
-    output = launch.new_output(query, value)
-    return output, _attend(query, key, value, intervals, geometry, scale, output)
+    output, lse = launch.new_output(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+    kernels = _kernels("forward", query, key, value, intervals, geometry, scale)
+    kernels.flash_forward(query, key, value, intervals, geometry, scale, output, lse)
+    return output, lse
 
 
 def attention_lse(query: Tensor, key: Tensor, intervals: Intervals, geometry: KeyGeometry, scale: float) -> Tensor:
     """Returns lse [B, H, T] float32 alone."""
     query, key = map(launch.contiguous_rows, (query, key))
-    return _attend(query, key, key, intervals, geometry, scale, None)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    intervals: Intervals,
-    geometry: KeyGeometry,
-    scale: float,
-    output: Tensor | None,
-) -> Tensor:
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    kernels = _kernels("forward", query, key, value, intervals, geometry, scale)
-    kernels.flash_forward(query, key, value, intervals, geometry, scale, output, lse)
+    launch.flash_forward(query, key, key, intervals, geometry, scale, None, lse)
     return lse
 
 

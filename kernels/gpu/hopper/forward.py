@@ -25,7 +25,7 @@ from nsa_compile.kernels.gpu.hopper.ring import (
 @gluon.jit
 def load_keys(
     key_desc, value_desc, key_ring, value_ring, key_filled, value_filled, key_free, value_free, tiles, batch, kv_head,
-    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, LSE_ONLY: gl.constexpr,
+    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: tiles of keys and values, the last one first."""
     for step in range(tiles):
@@ -34,10 +34,9 @@ def load_keys(
         wait_free(key_free, step, SLOTS)
         mbarrier.expect(key_filled.index(slot), key_desc.block_type.nbytes)
         load_tile(key_desc, place, key_filled.index(slot), key_ring.index(slot))
-        if not LSE_ONLY:
-            wait_free(value_free, step, SLOTS)
-            mbarrier.expect(value_filled.index(slot), value_desc.block_type.nbytes)
-            load_tile(value_desc, place, value_filled.index(slot), value_ring.index(slot))
+        wait_free(value_free, step, SLOTS)
+        mbarrier.expect(value_filled.index(slot), value_desc.block_type.nbytes)
+        load_tile(value_desc, place, value_filled.index(slot), value_ring.index(slot))
 
 
 @gluon.jit
@@ -70,7 +69,7 @@ def attend_rows(
     query_ptr, output_ptr, lse_ptr, stride_qb, stride_qh, stride_qt, queries, key_ring, value_ring, key_filled,
     value_filled, key_free, value_free, tiles, whole, tile_start, batch, head, H, T, N, scale_log2,
     PART: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, IS_CAUSAL: gl.constexpr, LSE_ONLY: gl.constexpr,
+    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """A computing warpgroup: output and lse of ROWS tokens of one head."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -106,46 +105,41 @@ def attend_rows(
         before = (step - 1) % SLOTS
         wait_filled(key_filled, step, SLOTS)
         pending = logits_of(query, key_ring, slot, D, BLOCK_N, LOGITS)
-        if LSE_ONLY:
-            logits = warpgroup_mma_wait(0, deps=[pending])
-        else:
-            wait_filled(value_filled, step - 1, SLOTS)
-            value = value_ring.index(before).reshape([BLOCK_N, DV])
-            pending_output = warpgroup_mma(operand, value, accumulator, is_async=True)
-            logits = warpgroup_mma_wait(1, deps=[pending])
+        wait_filled(value_filled, step - 1, SLOTS)
+        value = value_ring.index(before).reshape([BLOCK_N, DV])
+        pending_output = warpgroup_mma(operand, value, accumulator, is_async=True)
+        logits = warpgroup_mma_wait(1, deps=[pending])
         mbarrier.arrive(key_free.index(slot))
         tile = tiles - 1 - step
         if tile >= whole:
             logits = masked(logits, tile, seen, BLOCK_N, LOGITS)
         weights, maximum, total, rescale = add_keys(logits, maximum, total, scale_log2)
-        if not LSE_ONLY:
-            accumulator, _operand = warpgroup_mma_wait(0, deps=[pending_output, operand])
-            mbarrier.arrive(value_free.index(before))
-            accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
-            operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
+        accumulator, _operand = warpgroup_mma_wait(0, deps=[pending_output, operand])
+        mbarrier.arrive(value_free.index(before))
+        accumulator = accumulator * gl.convert_layout(rescale, gl.SliceLayout(1, OUTPUT))[:, None]
+        operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
 
     some = total > 0
     lse = gl.where(some, (maximum + gl.log2(total)) * 0.6931471805599453, float("-inf"))
     gl.store(lse_ptr + (batch * H + head).to(gl.int64) * T + tokens, lse, mask=tokens < T)
-    if not LSE_ONLY:
-        wait_filled(value_filled, tiles - 1, SLOTS)
-        value = value_ring.index((tiles - 1) % SLOTS).reshape([BLOCK_N, DV])
-        accumulator = warpgroup_mma(operand, value, accumulator)
-        factor = 1.0 / gl.where(some, total, 1.0)
-        output = accumulator * gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT))[:, None]
-        rows = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
-        row = (batch.to(gl.int64) * T + rows) * H + head
-        pointers = output_ptr + row[:, None] * DV + gl.arange(0, DV, gl.SliceLayout(0, STORE))[None, :]
-        gl.store(pointers, gl.convert_layout(output.to(dtype), STORE), mask=(rows < T)[:, None])
+    wait_filled(value_filled, tiles - 1, SLOTS)
+    value = value_ring.index((tiles - 1) % SLOTS).reshape([BLOCK_N, DV])
+    accumulator = warpgroup_mma(operand, value, accumulator)
+    factor = 1.0 / gl.where(some, total, 1.0)
+    output = accumulator * gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT))[:, None]
+    rows = row_start + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
+    row = (batch.to(gl.int64) * T + rows) * H + head
+    pointers = output_ptr + row[:, None] * DV + gl.arange(0, DV, gl.SliceLayout(0, STORE))[None, :]
+    gl.store(pointers, gl.convert_layout(output.to(dtype), STORE), mask=(rows < T)[:, None])
 
 
 @gluon.jit
 def hopper_forward(
     query_ptr, key_desc, value_desc, output_ptr, lse_ptr, stride_qb, stride_qh, stride_qt, H, T, N, scale_log2,
     GROUP: gl.constexpr, LENGTH: gl.constexpr, STRIDE: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, IS_CAUSAL: gl.constexpr, LSE_ONLY: gl.constexpr,
+    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, IS_CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """Output [B, T, H, DV] (unless LSE_ONLY) and lse [B, H, T] of 128 tokens of one head; scale_log2 > 0."""
+    """Output [B, T, H, DV] and lse [B, H, T] of 128 tokens of one head; scale_log2 > 0."""
     dtype: gl.constexpr = key_desc.dtype
     tile_start = (gl.num_programs(0) - 1 - gl.program_id(0)) * (WARPGROUPS * ROWS)  # causal: most keys first
     batch = gl.program_id(1) // H
@@ -155,8 +149,7 @@ def hopper_forward(
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     queries = gl.allocate_shared_memory(dtype, [WARPGROUPS, ROWS, D], layout)
     key_ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BLOCK_N, D], key_desc.layout)
-    VALUE_SLOTS: gl.constexpr = 1 if LSE_ONLY else SLOTS
-    value_ring = gl.allocate_shared_memory(dtype, [VALUE_SLOTS, 1, 1, BLOCK_N, DV], value_desc.layout)
+    value_ring = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, BLOCK_N, DV], value_desc.layout)
     key_filled = new_barriers(SLOTS, 1)
     value_filled = new_barriers(SLOTS, 1)
     key_free = new_barriers(SLOTS, WARPGROUPS)
@@ -166,16 +159,16 @@ def hopper_forward(
             (attend_rows, (
                 query_ptr, output_ptr, lse_ptr, stride_qb, stride_qh, stride_qt, queries, key_ring, value_ring,
                 key_filled, value_filled, key_free, value_free, tiles, whole, tile_start, batch, head, H, T, N,
-                scale_log2, 0, LENGTH, STRIDE, D, DV, BLOCK_N, SLOTS, IS_CAUSAL, LSE_ONLY,
+                scale_log2, 0, LENGTH, STRIDE, D, DV, BLOCK_N, SLOTS, IS_CAUSAL,
             )),
             (attend_rows, (
                 query_ptr, output_ptr, lse_ptr, stride_qb, stride_qh, stride_qt, queries, key_ring, value_ring,
                 key_filled, value_filled, key_free, value_free, tiles, whole, tile_start, batch, head, H, T, N,
-                scale_log2, 1, LENGTH, STRIDE, D, DV, BLOCK_N, SLOTS, IS_CAUSAL, LSE_ONLY,
+                scale_log2, 1, LENGTH, STRIDE, D, DV, BLOCK_N, SLOTS, IS_CAUSAL,
             )),
             (load_keys, (
                 key_desc, value_desc, key_ring, value_ring, key_filled, value_filled, key_free, value_free, tiles,
-                batch, kv_head, BLOCK_N, SLOTS, LSE_ONLY,
+                batch, kv_head, BLOCK_N, SLOTS,
             )),
         ],
         [4, 1],

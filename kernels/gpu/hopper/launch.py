@@ -79,15 +79,15 @@ def flash_forward(
     intervals: Intervals,
     geometry: KeyGeometry,
     scale: float,
-    output: Tensor | None,
+    output: Tensor,
     lse: Tensor,
 ) -> None:
-    """Writes output [B, H, T, D_v], as `new_output` makes it, and lse [B, H, T]; without `output` the lse alone."""
+    """Writes output [B, H, T, D_v], as `new_output` makes it, and lse [B, H, T]."""
     B, H, T, _ = query.shape
     forward.hopper_forward[cdiv(T, 2 * ROWS), B * H](
-        query, _descriptor(key, KEYS), _descriptor(value, KEYS), lse if output is None else output, lse,
+        query, _descriptor(key, KEYS), _descriptor(value, KEYS), output, lse,
         *query.stride()[:3], H, T, key.shape[2], scale * LOG2_E,
-        **_constants(query, key, value, intervals, geometry), BLOCK_N=KEYS, LSE_ONLY=output is None,
+        **_constants(query, key, value, intervals, geometry), BLOCK_N=KEYS,
     )  # fmt: skip
 
 
