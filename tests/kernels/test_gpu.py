@@ -207,6 +207,22 @@ def test_results_do_not_depend_on_the_batch() -> None:
     assert torch.equal(together[1:], alone)
 
 
+@pytest.mark.parametrize("combine", ["joint", "gated"])
+@pytest.mark.parametrize("compression", [COMPRESSION, {"block_length": 8, "block_stride": 8}], ids=["overlap", "apart"])
+def test_long_inputs_do_not_depend_on_the_batch(combine: str, compression: dict[str, int]) -> None:
+    """As long as the kernels for long inputs want them, and in several chunks together, in one alone."""
+    query, key, value, _ = draw(9, 3, 8192, 8192, 64, 64, torch.bfloat16, "causal", batch=4)
+    gates = torch.rand(4, 9, 8192, 3, device="cuda") if combine == "gated" else None
+    config = NSAConfig(combine=combine, num_selected=32, **compression)
+    together = nsa_attention(query, key, value, config=config, gates=gates)
+    for index in range(4):
+        one = slice(index, index + 1)
+        alone = nsa_attention(
+            query[one], key[one], value[one], config=config, gates=None if gates is None else gates[one]
+        )
+        assert torch.equal(together[one], alone)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("combine", ["joint", "gated"])
 def test_tensors_on_a_gpu_that_is_not_the_current_one(combine: str) -> None:
