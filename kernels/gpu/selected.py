@@ -161,7 +161,8 @@ def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool
 def _merge_tile(group: int) -> dict[str, int]:
     """Rows (tokens x heads), heads handled together and warps of the merging kernels."""
     group_block = min(group, 64)
-    return {"BLOCK_M": max(16, next_power_of_2(group_block)), "GROUP_BLOCK": group_block, "num_warps": 2}
+    rows = max(16, next_power_of_2(group_block))
+    return {"BLOCK_M": rows, "GROUP_BLOCK": group_block, "num_warps": 2 if rows == 16 else 4}
 
 
 def _chunks(query: Tensor, width: int, slots: int, limit: int) -> list[tuple[int, int]]:
