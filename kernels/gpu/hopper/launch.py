@@ -1,9 +1,9 @@
 """Attention to long ranges of keys on a Hopper GPU, in Gluon: what these kernels take, and their three calls.
 
 Same results and arguments as the kernels in Triton of the folder above, which serve every other GPU, dtype, head size
-and visibility.  In each program one warp copies tiles from memory into a ring of shared memory (ring.py), and two
-warpgroups of 64 rows each take them from there.  While one computes exponentials the other's matrix products run;
-Triton, given the same loop, waits for each product.
+and visibility, and the lse alone.  In each program one warp copies tiles from memory into a ring of shared memory
+(ring.py), and two warpgroups of 64 rows each take them from there.  While one computes exponentials the other's matrix
+products run; Triton, given the same loop, waits for each product.
 
 * forward.py: the softmax over compressed keys, as in FlashAttention-3 (arXiv 2407.08608);
 * query_gradient.py, key_gradient.py: its gradients, the latter for windows too.
