@@ -17,8 +17,8 @@ from nsa_compile.kernels.intervals import (
 )
 from nsa_compile.kernels.sharding import register_rules_for
 
-# A branch's output from which on two are summed early: 32,768 tokens of 64 heads of 128 numbers of 16 bits.
-LARGE_OUTPUT_BYTES = 1 << 29
+# A branch's output from which on one operator sums all three: 8,192 tokens of 32 heads of 128 numbers of 16 bits.
+LARGE_OUTPUT_BYTES = 1 << 26
 
 
 def attention(
@@ -71,7 +71,8 @@ def attention(
         combine: "joint" or "gated".
 
     Returns:
-        `[B, H, T, D_v]`, contiguous, dtype of `query`.
+        `[B, H, T, D_v]`, dtype of `query`, contiguous.  Where no gradient is needed and `query` lies in memory as
+        `[B, T, H, D]`, a gated output of 64 MiB or more lies so too, as torch's fused attentions lay theirs out.
 
     Raises:
         NSAError: see `check_arguments`.
@@ -167,19 +168,33 @@ def attention(
             **forced,
         )
         return output.contiguous()
-    selected = (query, key, value, block_indices, *visible, key_valid)
     forced |= causal | {"selection_block": selection_block}
     window_key = key if window_key is None else _contiguous_rows(window_key)
     window_value = value if window_value is None else _contiguous_rows(window_value)
-    compressed_gate, selected_gate, window_gate = gates.to(sum_dtype(query)).split(1, -1)
-    if _is_summed_early(
+    if _is_summed_in_one(
         compressed_output, query, key, value, gates, compressed_key, compressed_value, window_key, window_value
     ):
-        total = torch.ops.nsa.gated_selected_attention(*selected, compressed_output, gates, **forced)
-    else:
-        selected_output, _ = torch.ops.nsa.selected_attention(*selected, **forced)
-        # Products promote to the gates' dtype element by element; a cast of its own would be another pass over memory.
-        total = torch.addcmul(compressed_output * compressed_gate, selected_output, selected_gate)
+        output = torch.ops.nsa.gated_attention(
+            query,
+            key,
+            value,
+            block_indices,
+            window_key,
+            window_value,
+            *visible,
+            key_valid,
+            compressed_output,
+            gates,
+            window=window,
+            **forced,
+        )
+        return output if query.transpose(1, 2).is_contiguous() else output.contiguous()
+    selected_output, _ = torch.ops.nsa.selected_attention(
+        query, key, value, block_indices, *visible, key_valid, **forced
+    )
+    compressed_gate, selected_gate, window_gate = gates.to(sum_dtype(query)).split(1, -1)
+    # Products promote to the gates' dtype element by element; a cast of its own would be another pass over memory.
+    total = torch.addcmul(compressed_output * compressed_gate, selected_output, selected_gate)
     window_output, _ = torch.ops.nsa.window_attention(
         query, window_key, window_value, *visible, key_valid, **causal, window=window
     )
@@ -192,11 +207,11 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _is_summed_early(output: Tensor, *inputs: Tensor | None) -> bool:
-    """Whether two branches are summed before the third is computed: saves memory where a branch's output needs much.
+def _is_summed_in_one(output: Tensor, *inputs: Tensor | None) -> bool:
+    """Whether one operator computes and sums what follows the compressed branch, where a branch's output needs much.
 
-    Gradients need each branch's output.  Where they are not needed and outputs are small, all gates and sums are fused
-    behind the last branch instead.
+    Saves memory, and on a Hopper GPU time.  Gradients need each branch's output.  Where they are not needed and outputs
+    are small, gates and sums are fused behind the last branch instead.
     """
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
         return False

@@ -17,10 +17,10 @@ _GPU_MODULE = {
     "compressed_attention": "compressed",
     "select_blocks": "selection",
     "selected_attention": "selected",
-    "gated_selected_attention": "selected",
     "window_attention": "window",
     "joint_attention": "joint",
     "joint_listed": "joint",
+    "gated_attention": "gated",
 }
 
 

@@ -61,7 +61,7 @@ def register_flop_formulas() -> None:
     """Registers a formula for each opaque operator; the composite counts as the sum of what it calls."""
     nsa = torch.ops.nsa
     register_flop_formula(nsa.select_blocks)(_select_blocks)
-    register_flop_formula(nsa.gated_selected_attention)(_forward(_keys_of_selected_attention))
+    register_flop_formula(nsa.gated_attention)(_forward(_keys_of_joint_attention))
     for name, keys_per_query in {
         "compressed_attention": _keys_of_compressed_attention,
         "selected_attention": _keys_of_selected_attention,

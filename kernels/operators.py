@@ -5,8 +5,8 @@ Importing this module registers them, once.
 `nsa::attention` is a composite: one node in Dynamo and export graphs, and below them the calls of
 kernels/attention.py.  The others are opaque; each attention branch X has `X_backward`, an operator too.
 `joint_listed` stands only in Inductor's graphs, below autograd: the part of `joint_attention` before its last kernel.
-`gated_selected_attention`, for inference alone, is `selected_attention` summed with the compressed branch's output by
-the first two of `gates` `[B, H, T, 3]`, so that one output needs memory and not two; it has no gradient.
+`gated_attention`, for long inference alone, is all of gated attention that follows the compressed branch: its output
+and those of `selected_attention` and `window_attention`, summed by `gates` `[B, H, T, 3]`; it has no gradient.
 
 Letters and definitions: B batch, H query heads, H_kv KV heads, T queries, S keys, D and D_v head sizes,
 l `block_length`, d `block_stride`, l' `selection_block`, n `num_selected`, w `window`, N_cmp compressed tokens,
@@ -55,6 +55,12 @@ _SELECT_BLOCKS = (
     "int block_stride, int selection_block, int num_selected, int num_initial, int num_local, SymInt num_keys) "
     "-> Tensor"
 )
+_GATED_ATTENTION = (
+    "gated_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, Tensor window_key, "
+    "Tensor window_value, Tensor? first_key, Tensor? last_key, Tensor? key_valid, Tensor compressed_output, "
+    "Tensor gates, *, bool is_causal, float scale, int selection_block, int window, int num_initial=0, "
+    "int num_local=0) -> Tensor"
+)
 # Branch -> its tensors after query, and its attributes.
 _BRANCHES = {
     "compressed_attention": (
@@ -75,7 +81,6 @@ _BRANCHES = {
     ),
 }
 BRANCH_OPERATORS = tuple(_BRANCHES)
-_GATED_SELECTED = "gated_selected_attention"
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 
 
@@ -111,13 +116,11 @@ def _register() -> torch.library.Library:
             f"nsa::{backward}", _refuse_second_derivative, setup_context=_save_nothing, lib=library
         )
 
-    tensors, attributes = _BRANCHES["selected_attention"]
-    tensors += ", Tensor compressed_output, Tensor gates"
-    library.define(f"{_GATED_SELECTED}(Tensor query, {tensors}, *, {attributes}) -> Tensor", tags=tags)
-    library.impl(_GATED_SELECTED, _dispatched(_GATED_SELECTED, query_position=0), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nsa::{_GATED_SELECTED}", _fake_output, lib=library)
+    library.define(_GATED_ATTENTION, tags=tags)
+    library.impl("gated_attention", _dispatched("gated_attention", query_position=0), "CompositeExplicitAutograd")
+    torch.library.register_fake("nsa::gated_attention", _fake_output, lib=library)
     torch.library.register_autograd(
-        f"nsa::{_GATED_SELECTED}", _refuse_derivative, setup_context=_save_nothing, lib=library
+        "nsa::gated_attention", _refuse_derivative, setup_context=_save_nothing, lib=library
     )
 
     tensors, attributes = _BRANCHES["joint_attention"]
@@ -210,7 +213,7 @@ def _no_gradient(ctx: Any, _grad_output: Tensor | None) -> tuple[None, ...]:
 
 def _refuse_derivative(_ctx: Any, *_: Tensor) -> None:
     raise NSAError(
-        f"nsa::{_GATED_SELECTED} has no gradient: a graph that was captured for inference is being trained. Capture "
+        "nsa::gated_attention has no gradient: a graph that was captured for inference is being trained. Capture "
         "it with gradients enabled and inputs or parameters that require them."
     )
 

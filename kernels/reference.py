@@ -18,6 +18,7 @@ Reference: arXiv 2502.11089, section 3.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,16 +84,14 @@ def attention(
     compressed, _ = compressed_attention(
         query, compressed_key, compressed_value, num_keys=key.shape[2], scale=scale, **blocks, **sight
     )
-    selected, _ = selected_attention(
-        query, key, value, block_indices, selection_block=selection_block, scale=scale, **sight
-    )
     window_key, window_value = (
         (key if window_key is None else window_key),
         (value if window_value is None else window_value),
     )
-    windowed, _ = window_attention(query, window_key, window_value, window=window, scale=scale, **sight)
-    branches = torch.stack([compressed, selected, windowed], -2)  # [B, H, T, 3, D_v]
-    return (gates.double().unsqueeze(-1) * branches).sum(-2)  # type: ignore[union-attr]
+    if gates is None:
+        raise ValueError("gated attention needs gates")
+    tensors = (query, key, value, block_indices, window_key, window_value, compressed, gates)
+    return gated_attention(*tensors, selection_block=selection_block, window=window, scale=scale, **sight)
 
 
 def compress_mean(tokens: Tensor, *, block_length: int, block_stride: int) -> Tensor:
@@ -294,6 +293,34 @@ def window_attention(
         ).unsqueeze(1)
 
     return _masked_attention(query, key, value, mask, scale)
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    window_key: Tensor,
+    window_value: Tensor,
+    compressed_output: Tensor,
+    gates: Tensor,
+    *,
+    selection_block: int,
+    window: int,
+    scale: float | None = None,
+    **sight: Any,
+) -> Tensor:
+    """The three branches, the compressed one's output given, summed by gates `[B, H, T, 3]`.
+
+    Returns:
+        `[B, H, T, D_v]` float64.
+    """
+    selected, _ = selected_attention(
+        query, key, value, block_indices, selection_block=selection_block, scale=scale, **sight
+    )
+    windowed, _ = window_attention(query, window_key, window_value, window=window, scale=scale, **sight)
+    branches = torch.stack([compressed_output.double(), selected, windowed], -2)  # [B, H, T, 3, D_v]
+    return (gates.double().unsqueeze(-1) * branches).sum(-2)
 
 
 def joint_attention(

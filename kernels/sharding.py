@@ -15,7 +15,7 @@ from torch import Tensor
 # Operator -> its results that have heads, in the order of its schema.
 _RESULTS = {
     "select_blocks": 1,
-    "gated_selected_attention": 1,
+    "gated_attention": 1,
     **{f"{branch}_attention": 2 for branch in ("compressed", "selected", "window", "joint")},
     **{f"{branch}_attention_backward": 3 for branch in ("compressed", "selected", "window", "joint")},
 }

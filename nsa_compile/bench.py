@@ -101,8 +101,11 @@ def run_benchmark(
         counted[name] = share * _flops(call)
         return add(name, call, counted[name])
 
+    @torch.enable_grad()
     def eager() -> Tensor:
-        return _as_in_a_model(query, key, value, gates, config, is_rewritten=False)
+        # As for a gradient, for which long inputs too go through one operator for each branch.
+        trained = gates.detach().requires_grad_()
+        return _as_in_a_model(query, key, value, trained, config, is_rewritten=False).detach()
 
     def nsa() -> Tensor:
         return attend(query, key, value, gates, config, is_rewritten=compiled)

@@ -32,7 +32,7 @@ def _register() -> bool:
     tools = compat.template_tools()
     if tools is None:
         return False
-    forward = ("select_blocks", "joint_listed", "gated_selected_attention", *BRANCH_OPERATORS)
+    forward = ("select_blocks", "joint_listed", "gated_attention", *BRANCH_OPERATORS)
     names = [*forward, *(f"{name}_backward" for name in BRANCH_OPERATORS)]
     tools.reads_memory([getattr(torch.ops.nsa, name).default for name in names])
     for name, lower in {"window_attention": _window_attention, "joint_attention": _joint_attention}.items():

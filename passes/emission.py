@@ -53,8 +53,12 @@ class Emitter:
         node = self._value(operand)
         tensor = tensor_of(node)
         if tensor is not None and not isinstance(tensor.stride(-1), torch.SymInt) and tensor.stride(-1) != 1:
-            node = self.step(node, Step(torch.ops.aten.contiguous.default))
+            node = self.contiguous(node)
         return node
+
+    def contiguous(self, node: fx.Node) -> fx.Node:
+        """Emits a copy of a tensor that is not contiguous; of one that is, nothing comes of it."""
+        return self.step(node, Step(torch.ops.aten.contiguous.default))
 
     def scaled(self, query: fx.Node, factor: Factor) -> fx.Node:
         """Emits the multiplication of queries by a factor; they keep their dtype."""

@@ -4,8 +4,6 @@ Each function implements the operator of the same name; kernels/operators.py doc
 Forced blocks (`num_initial`, `num_local`) stand in the lists, and are read from there as any other.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -110,24 +108,36 @@ def selected_attention(
     return attend(query, key, value, key_valid, scale, ListedBlocks(block_indices, selection_block, *bounds))
 
 
-def gated_selected_attention(
+def gated_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     block_indices: Tensor,
+    window_key: Tensor,
+    window_value: Tensor,
     first_key: Tensor | None,
     last_key: Tensor | None,
     key_valid: Tensor | None,
     compressed_output: Tensor,
     gates: Tensor,
-    **attributes: Any,
+    *,
+    is_causal: bool,
+    scale: float,
+    selection_block: int,
+    window: int,
+    num_initial: int = 0,  # noqa: ARG001
+    num_local: int = 0,  # noqa: ARG001
 ) -> Tensor:
-    """Sums `selected_attention` and the compressed branch's output by their gates."""
-    output, _ = selected_attention(query, key, value, block_indices, first_key, last_key, key_valid, **attributes)
-    dtype = sum_dtype(output)
-    compressed_gate, selected_gate, _ = gates.to(dtype).split(1, -1)
-    total = output.to(dtype).mul_(selected_gate).addcmul_(compressed_output.to(dtype), compressed_gate)
-    return output.copy_(total)
+    """Sums the compressed branch's output, `selected_attention` and `window_attention` by their gates."""
+    sight = (first_key, last_key, key_valid)
+    causal = {"is_causal": is_causal, "scale": scale}
+    dtype = sum_dtype(query)
+    compressed_gate, selected_gate, window_gate = gates.to(dtype).split(1, -1)
+    total = compressed_output * compressed_gate
+    output, _ = selected_attention(query, key, value, block_indices, *sight, **causal, selection_block=selection_block)
+    total.addcmul_(output.to(dtype), selected_gate)
+    output, _ = window_attention(query, window_key, window_value, *sight, **causal, window=window)
+    return output.copy_(total.addcmul_(output.to(dtype), window_gate))
 
 
 def selected_attention_backward(

@@ -72,14 +72,18 @@ def load_tile(pointer, rows, columns, stride, row_mask, COLUMNS: tl.constexpr, B
 
 @triton.jit
 def sum_by_gates(
-    output, compressed_ptr, gates_ptr, rows, gate_rows, stride_gate, columns, stored, DV: tl.constexpr
+    output, other_ptr, gates_ptr, rows, gate_rows, stride_gate, columns, stored, GATE: tl.constexpr, DV: tl.constexpr
 ):  # fmt: skip
-    """Gate 0 · the compressed branch's output + gate 1 · output, [rows, columns] of memory [.., DV]."""
-    compressed_gate = tl.load(gates_ptr + gate_rows, mask=stored, other=0.0).to(tl.float32)
-    selected_gate = tl.load(gates_ptr + gate_rows + stride_gate, mask=stored, other=0.0).to(tl.float32)
+    """Gate GATE · output + what is summed already, [rows, columns] of memory [.., DV].
+
+    Before GATE 1 that is the compressed branch's output, times gate 0.
+    """
     inside = stored[:, None] & (columns < DV)[None, :]
-    compressed = tl.load(compressed_ptr + rows[:, None] * DV + columns[None, :], mask=inside, other=0.0)
-    return compressed.to(tl.float32) * compressed_gate[:, None] + output * selected_gate[:, None]
+    other = tl.load(other_ptr + rows[:, None] * DV + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if GATE == 1:
+        other *= tl.load(gates_ptr + gate_rows, mask=stored, other=0.0).to(tl.float32)[:, None]
+    gate = tl.load(gates_ptr + gate_rows + GATE * stride_gate, mask=stored, other=0.0).to(tl.float32)
+    return other + output * gate[:, None]
 
 
 @triton.jit

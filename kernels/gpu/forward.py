@@ -107,7 +107,7 @@ def attend_range(
 
 @triton.jit
 def flash_forward(
-    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, output_ptr, lse_ptr, compressed_ptr, gates_ptr,
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, output_ptr, lse_ptr, other_ptr, gates_ptr,
     stride_gb, stride_gh, stride_gt, stride_gate,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H, T, S, N, window, local_blocks, initial, scale_log2,
@@ -115,11 +115,11 @@ def flash_forward(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_CAUSAL: tl.constexpr,
     HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_BASE: tl.constexpr, LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr, HAS_GATES: tl.constexpr,
+    HAS_BASE: tl.constexpr, LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """Output [B, T, H, DV] and lse [B, H, T] of BLOCK_M tokens of a head; with HAS_BASE, added to what they hold.
 
-    With HAS_GATES the output is summed with the compressed branch's [B, T, H, DV] by gates [B, H, T, 3].
+    With GATE the output is summed with another, [B, T, H, DV], by gates [B, H, T, 3], as `sum_by_gates` does.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: heaviest tiles first
     batch = tl.program_id(1) // H
@@ -136,9 +136,11 @@ def flash_forward(
     stored = tokens < T
     if not LSE_ONLY:
         row = (batch.to(tl.int64) * T + tokens) * H + head
-        if HAS_GATES:
+        if GATE > 0:
             gate_row = batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh + tokens.to(tl.int64) * stride_gt
-            output = sum_by_gates(output, compressed_ptr, gates_ptr, row, gate_row, stride_gate, columns, stored, DV)
+            output = sum_by_gates(
+                output, other_ptr, gates_ptr, row, gate_row, stride_gate, columns, stored, GATE, DV
+            )  # fmt: skip
         tl.store(
             output_ptr + row[:, None] * DV + columns[None, :], output.to(output_ptr.dtype.element_ty),
             mask=stored[:, None] & (columns < DV)[None, :],

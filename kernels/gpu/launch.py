@@ -91,20 +91,28 @@ class Intervals(NamedTuple):
 
 
 class GatedSum(NamedTuple):
-    """What the selected branch's output is summed with: gate 0 · compressed + gate 1 · selected.
+    """What a branch's output is summed with.
 
     Attributes:
-        compressed: the compressed branch's output [B, H, T, D_v], as `new_output` makes it.
+        other: the compressed branch's output, before gate 1, or the sum so far, [B, H, T, D_v], as `new_output` makes
+            it; may be the memory that is written.
         gates: [B, H, T, 3], any strides.
+        gate: which of them is the branch's own: 1 selected, 2 window.
     """
 
-    compressed: Tensor
+    other: Tensor
     gates: Tensor
+    gate: int
 
 
 def gate_arguments(gated: GatedSum | None, unused: Tensor) -> tuple[Any, ...]:
     """The two tensors and the gates' strides, as kernels take them; `unused` stands in where there are none."""
-    return (unused, unused, 0, 0, 0, 0) if gated is None else (*gated, *gated.gates.stride())
+    return (unused, unused, 0, 0, 0, 0) if gated is None else (*gated[:2], *gated.gates.stride())
+
+
+def gate_constant(gated: GatedSum | None) -> dict[str, int]:
+    """The compile-time part."""
+    return {"GATE": 0 if gated is None else gated.gate}
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
@@ -139,7 +147,7 @@ def flash_forward(
     output: Tensor | None,
     lse: Tensor,
     has_base: bool = False,
-    gated: "GatedSum | None" = None,
+    gated: GatedSum | None = None,
 ) -> None:
     """Writes output [B, H, T, D_v] and lse [B, H, T].
 
@@ -169,8 +177,9 @@ def flash_forward(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         H, T, geometry.num_tokens, key.shape[2], geometry.window, geometry.local_blocks, geometry.initial,
         scale * LOG2_E,
-        HAS_INITIAL=geometry.initial > 0, HAS_BASE=has_base, LSE_ONLY=lse_only, HAS_GATES=gated is not None,
-        **head_constants(query, key, value), **geometry.constants(), **intervals.constants(), **sizes,
+        HAS_INITIAL=geometry.initial > 0, HAS_BASE=has_base, LSE_ONLY=lse_only,
+        **gate_constant(gated), **head_constants(query, key, value), **geometry.constants(), **intervals.constants(),
+        **sizes,
     )  # fmt: skip
 
 

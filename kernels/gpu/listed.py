@@ -252,18 +252,18 @@ def listed_gradient(
 
 @triton.jit
 def merge_outputs(
-    blocks_ptr, first_ptr, last_ptr, partial_ptr, partial_lse_ptr, output_ptr, lse_ptr, compressed_ptr, gates_ptr,
+    blocks_ptr, first_ptr, last_ptr, partial_ptr, partial_lse_ptr, output_ptr, lse_ptr, other_ptr, gates_ptr,
     stride_gb, stride_gh, stride_gt, stride_gate,
     H_kv, T, S, window, local_blocks, initial, token_start, token_end,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, SELECTION_BLOCK: tl.constexpr,
     NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr, HAS_GATES: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_DENSE: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One softmax of partial outputs [B, token, slot·SUB + sub, H, DV].
 
-    Rows are tokens x heads of a group.  Writes output [B, T, H, DV] and lse [B, H, T], natural logarithm.  HAS_GATES as
-    in `flash_forward`.
+    Rows are tokens x heads of a group.  Writes output [B, T, H, DV] and lse [B, H, T], natural logarithm.  GATE as in
+    `flash_forward`.
     """
     tokens_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
     pair = tl.program_id(1)
@@ -301,9 +301,11 @@ def merge_outputs(
     output = accumulator / tl.where(seen, total, 1.0)[:, None]
     lse = tl.where(seen, (maximum + tl.log2(total)) * 0.6931471805599453, float("-inf"))
     target = (batch.to(tl.int64) * T + tokens) * H + heads
-    if HAS_GATES:
+    if GATE > 0:
         gate_row = batch.to(tl.int64) * stride_gb + heads.to(tl.int64) * stride_gh + tokens.to(tl.int64) * stride_gt
-        output = sum_by_gates(output, compressed_ptr, gates_ptr, target, gate_row, stride_gate, columns, stored, DV)
+        output = sum_by_gates(
+            output, other_ptr, gates_ptr, target, gate_row, stride_gate, columns, stored, GATE, DV
+        )  # fmt: skip
     tl.store(
         output_ptr + target[:, None] * DV + columns[None, :], output.to(output_ptr.dtype.element_ty),
         mask=stored[:, None] & wide,

@@ -58,20 +58,20 @@ def _kernels(
     stage: str, query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, geometry: KeyGeometry, scale: float
 ) -> ModuleType:
     """The module whose launches serve a stage: "forward", "query_gradient" or "key_gradient"."""
-    hopper = _hopper(query.device.type)
-    if hopper is not None and hopper.handles(stage, query, key, value, intervals, geometry, scale):
-        return hopper
+    kernels = hopper(query.device.type)
+    if kernels is not None and kernels.handles(stage, query, key, value, intervals, geometry, scale):
+        return kernels
     return launch
 
 
 @functools.cache
-def _hopper(device_type: str) -> ModuleType | None:
+def hopper(device_type: str) -> ModuleType | None:
     """The launches of the kernels in Gluon, whose interface may still change from one Triton to the next."""
     if device_type != "cuda":
         return None
     try:
-        from nsa_compile.kernels.gpu.hopper import launch as hopper
+        from nsa_compile.kernels.gpu.hopper import launch as kernels
     except (ImportError, AttributeError) as error:
         warnings.warn(f"this Triton's Gluon is unknown, and attention slower: {error}", stacklevel=2)
         return None
-    return hopper
+    return kernels

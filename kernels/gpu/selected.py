@@ -18,7 +18,6 @@ from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
-GATED_PARTIAL_BYTES = 384 << 20  # likewise, where the output is summed with another to save memory
 BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
 MOST_SPLITS = 8  # of a block's list entries: some blocks are listed by most tokens
@@ -48,36 +47,8 @@ def selected_attention(
         output [B, H, T, D_v], and lse [B, H, T] float32, natural logarithm, −inf where nothing is visible.
     """
     intervals = Intervals(first_key, last_key, key_valid, is_causal)
-    geometry = _selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
+    geometry = selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
     return listed_forward(query, key, value, block_indices, intervals, geometry, scale)
-
-
-def gated_selected_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_indices: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    key_valid: Tensor | None,
-    compressed_output: Tensor,
-    gates: Tensor,
-    *,
-    is_causal: bool,
-    scale: float,
-    selection_block: int,
-    num_initial: int = 0,
-    num_local: int = 0,
-) -> Tensor:
-    """`selected_attention` summed with the compressed branch's output [B, H, T, D_v] by gates [B, H, T, 3].
-
-    Returns:
-        gate 0 · compressed + gate 1 · selected, [B, H, T, D_v].
-    """
-    intervals = Intervals(first_key, last_key, key_valid, is_causal)
-    geometry = _selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
-    gated = launch.GatedSum(compressed_output.transpose(1, 2).contiguous().transpose(1, 2), gates)
-    return listed_forward(query, key, value, block_indices, intervals, geometry, scale, gated=gated)[0]
 
 
 def selected_attention_backward(
@@ -100,13 +71,14 @@ def selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value."""
     intervals = Intervals(first_key, last_key, key_valid, is_causal)
-    geometry = _selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
+    geometry = selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
     return listed_backward(grad_output, query, key, value, block_indices, intervals, geometry, scale, output, lse)
 
 
-def _selected_geometry(
+def selected_geometry(
     intervals: Intervals, num_keys: int, selection_block: int, num_initial: int, num_local: int
 ) -> KeyGeometry:
+    """The range of keys that the selected branch reads beside its lists: forced blocks, where they are known."""
     plain = intervals.first is None and intervals.valid is None and intervals.is_causal
     if plain and num_local:
         return KeyGeometry(
@@ -216,11 +188,12 @@ def listed_forward(
     scale: float,
     with_range: bool = True,
     gated: launch.GatedSum | None = None,
+    partial_bytes: int = PARTIAL_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse of one softmax over the geometry's range of keys and the listed blocks before it.
 
-    Without `with_range`, over those listed blocks only.  With `gated` the output is summed with another; as this is for
-    little memory, partial outputs take less too.
+    Without `with_range`, over those listed blocks only.  With `gated` the output is summed with another.  Partial
+    outputs take at most `partial_bytes`.
     """
     query, key, value = map(launch.contiguous_rows, (query, key, value))
     block_indices = block_indices.contiguous()
@@ -236,7 +209,7 @@ def listed_forward(
     constants = launch.head_constants(query, key, value)
     direct = T * n <= DIRECT_ENTRIES
     tile = _tile(query, value, constants["GROUP"], direct, backward=False)
-    chunks = _chunks(query, DV, slots * sub, PARTIAL_BYTES if gated is None else GATED_PARTIAL_BYTES)
+    chunks = _chunks(query, DV, slots * sub, partial_bytes)
     has_range = with_range and not geometry.empty
     merge_sum = None if has_range else gated
     # The same memory for every chunk: its layout is [B, chunk, ...], so that a shorter one uses the start of it.
@@ -266,7 +239,7 @@ def listed_forward(
         _merge(
             listed.merge_outputs, block_indices, intervals, geometry, (start, end), sub, constants,
             partial, partial_lse, output, lse, *launch.gate_arguments(merge_sum, query),
-            DV=DV, BLOCK_DV=constants["BLOCK_DV"], HAS_GATES=merge_sum is not None,
+            DV=DV, BLOCK_DV=constants["BLOCK_DV"], **launch.gate_constant(merge_sum),
         )  # fmt: skip
     if has_range:
         launch.flash_forward(query, key, value, intervals, geometry, scale, output, lse, has_base=True, gated=gated)

@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_compile.kernels import reference
 from nsa_compile.kernels.blockwise import branches
 from nsa_compile.kernels.compression import mean_compress
-from nsa_compile.kernels.gpu import compressed, inverted, joint, launch, selected, selection, window
+from nsa_compile.kernels.gpu import compressed, gated, inverted, joint, launch, selected, selection, window
 from nsa_compile.kernels.intervals import blocks_with_valid_key, tighten_intervals
 
 SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
@@ -72,7 +72,8 @@ def run(
     width: int = 20,
 ) -> dict:
     torch.manual_seed(torch.seed() % 2**31)
-    selected.PARTIAL_BYTES = selected.GATED_PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
+    selected.PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
+    gated.PARTIAL_BYTES = limit, limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
     # Few enough shares that each has something to do.
     launch.QUERIES_OF_A_SPLIT, selected.MOST_SPLITS, selected.SHARE = (20, 3, 4) if limit == 1 else (2048, 8, 64)
@@ -135,14 +136,12 @@ def run(
     compare("selected_attention", selected, (query, key, value, lists), valid, {**base, **blocks, **forced}, blocks)
     gates, other = torch.rand(B, T, 3, H).permute(0, 3, 1, 2), torch.randn(B, H, T, DV, dtype=dtype)
     listed = (query, key, value, lists, first, last, valid)
-    summed = selected.gated_selected_attention(*listed, other, gates, **base, **blocks, **forced)
-    alone, _ = reference.selected_attention(
-        *(each.double() for each in listed[:3]), lists, scale=scale, **blocks, **sight
-    )
-    errors["gated_selected_attention"] = error(
-        summed, other * gates[..., :1].double() + alone * gates[..., 1:2].double()
-    )
     both = {**blocks, "window": width}
+    own = (*listed[:4], torch.randn_like(key), torch.randn_like(value))
+    summed = gated.gated_attention(*own, *listed[4:], other, gates, **base, **both, **forced)
+    errors["gated_attention"] = error(
+        summed, reference.gated_attention(*own, other, gates, scale=scale, **both, **sight)
+    )
     compare("joint_attention", joint, (query, key, value, lists), valid, {**base, **both, **forced}, both)
     output, lse = joint.joint_listed(*listed, **base, **both, **forced)
     double = [each.double() if each is not None and each.is_floating_point() else each for each in listed]

@@ -27,7 +27,7 @@ def _compiler() -> ModuleType:
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, torch.float16), (90, torch.bfloat16)], ids=["sm_80", "sm_90"])
 def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_compile.kernels.gpu import compressed, joint, selected, selection, tiles, window
+    from nsa_compile.kernels.gpu import compressed, gated, joint, selected, selection, tiles, window
 
     compiler = _compiler()
     monkeypatch.setattr(tiles, "is_hopper", lambda device: capability >= 90)
@@ -61,7 +61,8 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
         joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
         joint.joint_attention(query[:, :, :1], key, key, lists[:, :, :1], *nothing, **causal, **blocks, window=512)
         selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)
-        selected.gated_selected_attention(query, key, key, lists, *nothing, output, output[..., :3], **causal, **blocks)
+        both = (query, key, key, lists, key, key, *nothing)
+        gated.gated_attention(*both, output, output[..., :3], **causal, **blocks, window=512)
     loops = {
         "flash_forward", "flash_query_gradient", "flash_key_gradient", "block_scores", "listed_gradient",
         "merge_outputs", "merge_query_gradients",
@@ -133,12 +134,14 @@ def test_hopper_kernels_overlap_their_products_and_do_not_spill(size: int, value
         hopper.flash_key_gradient(*attention, output, lse, lse)
         window = (query, torch.empty(1, 2, 1024, size).half(), torch.empty(1, 2, 1024, value_size).half(), causal)
         hopper.flash_key_gradient(*window, launch.KeyGeometry(1024, window=512), 0.1, output, lse, lse)
+        blocks = launch.KeyGeometry(1024, local_blocks=2, initial=64)
+        hopper.gated_end(*window[:3], blocks, 512, 0.1, output, lse, output, torch.empty(1, 8, 1024, 3))
     names = ["hopper_forward", "hopper_query_gradient", "hopper_key_gradient"]
-    assert [kernel.name for kernel in compiled] == [*names, "hopper_key_gradient"]
+    assert [kernel.name for kernel in compiled] == [*names, "hopper_key_gradient", "hopper_gated_end"]
     assert _over(compiled, 90, compiler) == {}
     assert all(kernel.warpgroup_mma and kernel.bulk_copies for kernel in compiled)
     assert not any(kernel.is_serialized() for kernel in compiled)
-    assert not any(kernel.spills() for kernel in compiled[:3])
+    assert not any(kernel.spills() for kernel in (*compiled[:3], compiled[-1]))
 
 
 def test_hopper_kernels_serve_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,11 +176,11 @@ def test_an_unknown_gluon_leaves_attention_to_triton(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, f"{name}.launch", None)
     if name in sys.modules:
         monkeypatch.delattr(sys.modules[name], "launch", raising=False)
-    find = ranges._hopper.__wrapped__
+    find = ranges.hopper.__wrapped__
     assert find("cpu") is None
     with pytest.warns(UserWarning, match="Gluon is unknown"):
         assert find("cuda") is None
-    monkeypatch.setattr(ranges, "_hopper", lambda _: None)
+    monkeypatch.setattr(ranges, "hopper", lambda _: None)
     rows = torch.empty(1, 2, 5000, 64)
     attention = (rows, rows, rows, launch.Intervals(None, None, None, True), launch.KeyGeometry(5000), 0.1)
     assert ranges._kernels("forward", *attention) is launch

@@ -119,23 +119,22 @@ def test_branch_equals_reference(name: str, case: tuple) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_selected_branch_summed_by_gates_equals_reference(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_compile.kernels.gpu import selected
+def test_gated_attention_equals_reference(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_compile.kernels.gpu import gated
 
-    monkeypatch.setattr(selected, "GATED_PARTIAL_BYTES", 1 << 22)  # several chunks
+    monkeypatch.setattr(gated, "PARTIAL_BYTES", (1 << 22, 1 << 22))  # several chunks
     query, key, value, sight = draw(*case)
     S, scale = key.shape[2], query.shape[-1] ** -0.5
     lists = reference.select_blocks(
         query, mean_compress(key, **COMPRESSION), num_keys=S, **COMPRESSION, **SELECTION, **sight
     )
-    arguments, attributes = branch_arguments("selected_attention", sight, S, scale, (query, key, value, lists))
+    tensors = (query, key, value, lists, torch.randn_like(key), torch.randn_like(value))
+    arguments, attributes = branch_arguments("joint_attention", sight, S, scale, tensors)
     other = torch.randn(2, query.shape[2], query.shape[1], value.shape[3], device="cuda", dtype=query.dtype)
     other = other.transpose(1, 2)
     gates = torch.rand(2, query.shape[2], query.shape[1], 3, device="cuda", dtype=query.dtype).transpose(1, 2)
-    output = torch.ops.nsa.gated_selected_attention(*arguments, other, gates, **attributes)
-    double = [each.double() for each in (query, key, value)]
-    alone, _ = reference.selected_attention(*double, lists, scale=scale, selection_block=64, **sight)
-    expected = gates[..., :1].double() * other + gates[..., 1:2].double() * alone
+    output = torch.ops.nsa.gated_attention(*arguments, other, gates, **attributes)
+    expected = reference.gated_attention(*tensors, other, gates, scale=scale, selection_block=64, window=512, **sight)
     assert relative_error(output, expected) < BUDGET[query.dtype]
 
 

@@ -1,4 +1,4 @@
-"""The Hopper kernels of compressed attention on a GPU, against the float64 reference on fresh random inputs."""
+"""The Hopper kernels on a GPU, against the float64 reference on fresh random inputs."""
 
 from collections import Counter
 
@@ -52,7 +52,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def count_launches(hopper, monkeypatch: pytest.MonkeyPatch) -> Counter:
     """How often each launch is called from now on."""
     used: Counter = Counter()
-    for name in ("flash_forward", "flash_query_gradient", "flash_key_gradient"):
+    for name in ("flash_forward", "flash_query_gradient", "flash_key_gradient", "gated_end"):
         function = getattr(hopper, name)
 
         def counted(*args, name: str = name, function=function):
@@ -139,3 +139,74 @@ def test_whole_operator_repeats_under_a_cuda_graph_and_ignores_the_batch(combine
     assert all(each.isfinite().all() for each in replayed)
     alone = nsa_attention(*(each[1:] for each in leaves), config=config, gates=None if gates is None else gates[1:])
     assert torch.equal(replayed[0], alone[0])
+
+
+# B, H, H_kv, T, D, D_v, w, initial and local blocks, dtype
+ENDS = {
+    "usual": (2, 8, 2, 1111, 128, 128, 512, 1, 2, torch.bfloat16),
+    "narrow_head": (1, 16, 1, 1500, 64, 64, 512, 1, 2, torch.float16),
+    "no_initial_block": (1, 4, 2, 700, 128, 64, 300, 0, 1, torch.bfloat16),
+    "many_forced_blocks": (2, 2, 1, 900, 64, 128, 200, 3, 3, torch.bfloat16),
+    "window_of_the_local_blocks": (1, 4, 1, 640, 128, 128, 128, 2, 2, torch.float16),
+    "window_of_everything": (1, 2, 1, 333, 128, 128, 4096, 1, 2, torch.bfloat16),
+    "one_block": (3, 2, 1, 50, 128, 128, 512, 1, 2, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", ENDS.values(), ids=ENDS)
+def test_end_of_gated_attention_equals_reference(case: tuple, hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_compile.kernels.gpu import gated
+
+    B, H, H_kv, T, D, DV, window, num_initial, num_local, dtype = case
+    monkeypatch.setattr(gated, "PARTIAL_BYTES", (1 << 22, 1 << 22))  # several chunks
+    query = torch.randn(B, T, H, D, device="cuda", dtype=dtype).transpose(1, 2)
+    key, value = in_poison(B, H_kv, T, D, dtype=dtype), in_poison(B, H_kv, T, DV, dtype=dtype)
+    scale, compression = D**-0.5, {"block_length": 16, "block_stride": 16}
+    lists = reference.select_blocks(
+        query, reference.compress_mean(key, **compression), num_keys=T, **compression, selection_block=64,
+        num_selected=8, num_initial=num_initial, num_local=num_local,
+    )  # fmt: skip
+    compressed = torch.randn(B, T, H, DV, device="cuda", dtype=dtype).transpose(1, 2)
+    gates = torch.rand(B, T, 3, H, device="cuda", dtype=dtype).permute(0, 3, 1, 2)
+    used = count_launches(hopper, monkeypatch)
+
+    def attend(batch: slice = slice(None), **given: Tensor) -> Tensor:
+        heads = {"key": key, "value": value, "window_key": key, "window_value": value} | given
+        tensors = [query, heads["key"], heads["value"], lists, heads["window_key"], heads["window_value"]]
+        attributes = {"selection_block": 64, "window": window, "num_initial": num_initial, "num_local": num_local}
+        return torch.ops.nsa.gated_attention(
+            *(each[batch] for each in tensors), None, None, None, compressed[batch], gates[batch], is_causal=True,
+            scale=scale, **attributes,
+        )  # fmt: skip
+
+    output = attend()
+    assert used == {"gated_end": 1}
+    expected = reference.gated_attention(
+        query, key, value, lists, key, value, compressed, gates, selection_block=64, window=window, scale=scale
+    )
+    assert relative_error(output, expected) < BUDGET[dtype]
+    for part in (slice(0, T // 64 * 64), slice(T // 64 * 64, T)):
+        assert relative_error(output[:, :, part], expected[:, :, part]) < 2 * BUDGET[dtype] or part.start == part.stop
+    assert torch.equal(output, attend())
+    assert torch.equal(output[-1:], attend(slice(B - 1, B)))
+    # Keys of its own for the window: by Triton's kernels, the same function.
+    used.clear()
+    assert relative_error(attend(window_key=key.clone()), expected) < BUDGET[dtype]
+    assert used == {}
+
+
+def test_gated_inference_in_one_operator_follows_the_layout_of_its_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_compile.kernels import attention
+
+    query, key, value = (
+        torch.randn(2, 2048, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for heads in (8, 2, 2)
+    )
+    gates = torch.rand(2, 8, 2048, 3, device="cuda")
+    config = NSAConfig(combine="gated")
+    apart = nsa_attention(query, key, value, config=config, gates=gates)
+    monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", 1)
+    for queries, is_transposed in ((query, True), (query.contiguous(), False)):
+        output = nsa_attention(queries, key, value, config=config, gates=gates)
+        assert output.transpose(1, 2).is_contiguous() == is_transposed
+        assert output.is_contiguous() != is_transposed
+        assert relative_error(output, apart.double()) < BUDGET[torch.bfloat16]

@@ -1,4 +1,4 @@
-"""Attention to long ranges of keys on a Hopper GPU, in Gluon: what these kernels take, and their three calls.
+"""Attention to long ranges of keys on a Hopper GPU, in Gluon: what these kernels take, and their calls.
 
 Same results and arguments as the kernels in Triton of the folder above, which serve every other GPU, dtype, head size
 and visibility, and the lse alone.  In each program one warp copies tiles from memory into a ring of shared memory
@@ -6,12 +6,14 @@ and visibility, and the lse alone.  In each program one warp copies tiles from m
 products run; Triton, given the same loop, waits for each product.
 
 * forward.py: the softmax over compressed keys, as in FlashAttention-3 (arXiv 2407.08608);
-* query_gradient.py, key_gradient.py: its gradients, the latter for windows too.
+* query_gradient.py, key_gradient.py: its gradients, the latter for windows too;
+* gated_end.py: the last kernel of gated inference on long inputs.
 
 Key i stands for the tokens [i·STRIDE, i·STRIDE + LENGTH), as in flash.py.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_compile.kernels.gpu import tiles
 from nsa_compile.kernels.gpu.hopper import forward, key_gradient, query_gradient
+from nsa_compile.kernels.gpu.hopper import gated_end as end
 from nsa_compile.kernels.gpu.launch import LOG2_E, Intervals, KeyGeometry, add_splits, gradient_splits
 from nsa_compile.kernels.gpu.sizes import cdiv
 
@@ -30,6 +33,7 @@ KEYS = 128  # of a tile, and of a program that adds up gradients
 QUERIES = 64  # of a tile that passes by
 ROWS = 64  # of a warpgroup
 SLOTS = 2  # of a ring
+MOST_TURNS = 4  # of a program that ends gated attention: pairs of heads, one after the other
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HEAD_SIZES = (64, 128)
 _ALIGNMENT = 16  # bytes; of addresses and strides, for copies to shared memory
@@ -54,20 +58,46 @@ def handles(
         geometry: compressed keys, or a window.
         scale: positive.
     """
-    T, N = query.shape[2], key.shape[2]
-    is_window = geometry.window > 0 and intervals.is_causal and T == N
+    is_window = geometry.window > 0 and intervals.is_causal and query.shape[2] == key.shape[2]
+    return (
+        _serves(query, key, value, intervals, scale)
+        and (not geometry.is_cut or (is_window and stage == "key_gradient"))
+        and geometry.initial == geometry.local_blocks == 0
+    )
+
+
+def handles_gated_end(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Intervals,
+    geometry: KeyGeometry,
+    window: int,
+    scale: float,
+) -> bool:
+    """Whether `gated_end` serves; arguments as there."""
+    return (
+        _serves(query, key, value, intervals, scale)
+        and query.shape[1] // key.shape[1] % 2 == 0
+        and query.shape[2] == key.shape[2]
+        and geometry.selection_block == ROWS
+        and not geometry.empty
+        and 0 < geometry.local_blocks * ROWS <= window
+    )
+
+
+def _serves(query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, scale: float) -> bool:
+    """Whether any of these kernels takes such tensors and a plain visibility."""
     return (
         is_hopper(query.device)
         and query.dtype in _DTYPES
         and key.dtype == value.dtype == query.dtype
         and query.shape[-1] in _HEAD_SIZES
         and value.shape[-1] in _HEAD_SIZES
-        and T >= FEWEST_QUERIES
-        and min(N, query.numel()) > 0
+        and query.shape[2] >= FEWEST_QUERIES
+        and min(key.shape[2], query.numel()) > 0
         and intervals.first is None
         and intervals.valid is None
-        and (not geometry.is_cut or (is_window and stage == "key_gradient"))
-        and geometry.initial == geometry.local_blocks == 0
         and scale > 0
     )
 
@@ -139,6 +169,44 @@ def flash_key_gradient(
         **_constants(query, key, value, intervals, geometry),
     )  # fmt: skip
     return add_splits(grad_key, key.dtype), add_splits(grad_value, value.dtype)
+
+
+def gated_end(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: KeyGeometry,
+    window: int,
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
+    compressed_output: Tensor,
+    gates: Tensor,
+) -> None:
+    """Adds window, blocks beside the lists, and the compressed branch's output, by gates.
+
+    Args:
+        query: [B, H, T, D].
+        key: [B, H_kv, T, D], of both branches.
+        value: [B, H_kv, T, D_v], likewise.
+        geometry: of the selected branch, with local blocks.
+        window: w, tokens; no fewer than those of the local blocks.
+        scale: factor on the logits.
+        output: [B, H, T, D_v], as `new_output` makes it; attention to the listed blocks, becomes the sum.
+        lse: [B, H, T], of that attention; contiguous.
+        compressed_output: like `output`.
+        gates: [B, H, T, 3].
+    """
+    B, H, T, D = query.shape
+    DV = value.shape[-1]
+    group = H // key.shape[1]
+    turns = math.gcd(group // 2, MOST_TURNS)
+    end.hopper_gated_end[H // (2 * turns), cdiv(T, ROWS), B](
+        _descriptor(query, ROWS), _descriptor(key, ROWS), _descriptor(value, ROWS), _descriptor(output, ROWS),
+        _descriptor(compressed_output, ROWS), lse, gates, output, *gates.stride(), H, T, window,
+        geometry.local_blocks, cdiv(geometry.initial, ROWS), scale * LOG2_E,
+        GROUP=group, D=D, DV=DV, TURNS=turns, SLOTS=SLOTS, num_warps=4,
+    )  # fmt: skip
 
 
 def _constants(

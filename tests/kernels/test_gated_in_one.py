@@ -1,4 +1,4 @@
-"""Large outputs without gradients: `gated_selected_attention`, and when the composite calls it."""
+"""Large outputs without gradients: `gated_attention`, and when the composite calls it."""
 
 import contextlib
 from typing import Any
@@ -9,7 +9,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_compile.errors import NSAError
-from nsa_compile.kernels import attention
+from nsa_compile.kernels import attention, reference
 
 SIZES: dict[str, Any] = {
     "block_length": 8,
@@ -31,36 +31,34 @@ def _gated_arguments(draw_inputs, bounds="missing", **options):
         last = torch.arange(40, dtype=torch.int32).expand(2, -1).contiguous()
         sight = [last - 30, last, torch.rand(2, inputs.num_keys) > 0.1]
     compressed = torch.randn(2, 40, 4, 6, dtype=inputs.query.dtype).transpose(1, 2)
-    attributes = {"is_causal": True, "scale": 0.3, "selection_block": 8, "num_initial": 1, "num_local": 0}
-    return [*inputs.tensors, lists, *sight, compressed, torch.rand(2, 4, 40, 3)], attributes
+    attributes = {"is_causal": True, "scale": 0.3, "selection_block": 8, "window": 11, "num_initial": 1, "num_local": 0}
+    window = [torch.randn_like(each) for each in inputs.tensors[1:]]
+    return [*inputs.tensors, lists, *window, *sight, compressed, torch.rand(2, 4, 40, 3)], attributes
 
 
 @pytest.mark.parametrize("bounds", ["missing", "given"])
-def test_opcheck_of_the_selected_branch_summed_by_gates(draw_inputs, bounds):
+def test_opcheck_of_gated_attention(draw_inputs, bounds):
     positional, keywords = _gated_arguments(draw_inputs, bounds, requires_grad=False)
-    torch.library.opcheck(nsa.gated_selected_attention.default, positional, keywords)
+    torch.library.opcheck(nsa.gated_attention.default, positional, keywords)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_selected_branch_summed_by_gates(draw_inputs, relative_error, dtype):
+def test_gated_attention(draw_inputs, relative_error, dtype):
     positional, keywords = _gated_arguments(draw_inputs, dtype=dtype, requires_grad=False)
-    *selected, compressed, gates = positional
+    tensors, compressed, gates = positional[:6], *positional[-2:]
     kept = compressed.clone()
-    output = nsa.gated_selected_attention(*positional, **keywords)
+    output = nsa.gated_attention(*positional, **keywords)
     assert output.dtype == dtype
     assert output.transpose(1, 2).is_contiguous()
     assert torch.equal(compressed, kept)
-    double = [
-        each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in selected
-    ]
-    alone, _ = nsa.selected_attention(*double, **keywords)
-    expected = gates[..., :1].double() * compressed.double() + gates[..., 1:2].double() * alone
+    attributes = {name: keywords[name] for name in ("scale", "selection_block", "window")}
+    expected = reference.gated_attention(*tensors, compressed, gates, **attributes)
     assert relative_error(output, expected) < {torch.float64: 1e-7, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
 
 
-def test_the_selected_branch_summed_by_gates_refuses_gradients(draw_inputs):
+def test_gated_attention_refuses_gradients(draw_inputs):
     positional, keywords = _gated_arguments(draw_inputs)
-    output = nsa.gated_selected_attention(*positional, **keywords)
+    output = nsa.gated_attention(*positional, **keywords)
     with pytest.raises(NSAError, match="captured for inference"):
         output.sum().backward()
 
@@ -80,7 +78,7 @@ def _operators_called(call):
 
 
 @pytest.mark.parametrize("by", ["no_grad", "frozen", "trained", "small"])
-def test_large_outputs_are_summed_early_where_no_gradient_is_needed(draw_inputs, monkeypatch, by):
+def test_large_outputs_are_summed_in_one_where_no_gradient_is_needed(draw_inputs, monkeypatch, by):
     inputs = draw_inputs("holes", num_queries=40, value_size=6, requires_grad=by != "frozen")
     gates = torch.rand(2, 4, 40, 3)
 
@@ -93,9 +91,9 @@ def test_large_outputs_are_summed_early_where_no_gradient_is_needed(draw_inputs,
     monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", size + (by == "small"))
     with torch.no_grad() if by == "small" else contextlib.nullcontext():
         called = _operators_called(attend)
-        is_early = by in ("no_grad", "frozen")
-        assert ("gated_selected_attention" in called) == is_early
-        assert ("selected_attention" in called) != is_early
+        is_in_one = by in ("no_grad", "frozen")
+        assert ("gated_attention" in called) == is_in_one
+        assert ("selected_attention" in called) != is_in_one
         torch.testing.assert_close(attend(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -118,7 +116,7 @@ def test_graphs_of_large_outputs(draw_inputs, monkeypatch, is_training):
     with torch.set_grad_enabled(is_training):
         given = compiled(*leaves)
     targets = {node.target for graph in graphs for node in graph.graph.nodes}
-    assert (nsa.gated_selected_attention.default in targets) != is_training
+    assert (nsa.gated_attention.default in targets) != is_training
     expected = attend(*leaves)
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
     if is_training:
