@@ -169,6 +169,46 @@ def test_hopper_kernels_serve_what_they_can(monkeypatch: pytest.MonkeyPatch) -> 
     assert stages(whole, plain._replace(first=rows, last=rows)) == stages(whole, plain._replace(valid=rows > 0)) == 0
 
 
+def test_the_kernel_that_ends_gated_attention_serves_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_compile.kernels.gpu.hopper import launch as hopper
+    from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
+
+    T = hopper.FEWEST_QUERIES
+    plain, blocks = Intervals(None, None, None, True), KeyGeometry(T, local_blocks=2, initial=64)
+    query, key = torch.empty(1, 4, T, 128).bfloat16(), torch.empty(1, 2, T, 128).bfloat16()
+    rows = torch.zeros(1, T, dtype=torch.int32)
+
+    def serves(
+        queries: torch.Tensor = query,
+        keys: torch.Tensor = key,
+        intervals: Intervals = plain,
+        geometry: KeyGeometry = blocks,
+        window: int = 128,
+        scale: float = 0.1,
+    ) -> bool:
+        return hopper.handles_gated_end(queries, keys, keys, intervals, geometry, window, scale)
+
+    assert not serves()
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    assert serves()
+    assert serves(geometry=KeyGeometry(T, local_blocks=1))
+    # The window ends within the local blocks; there are none; blocks are no tiles.
+    assert not serves(window=127)
+    assert not serves(geometry=KeyGeometry(T))
+    assert not serves(geometry=KeyGeometry(T, empty=True))
+    assert not serves(geometry=KeyGeometry(T, local_blocks=2, selection_block=32))
+    # One head for each KV head, or three; other heads, dtypes, keys and visibility.
+    assert not serves(query[:, :2])
+    assert not serves(torch.empty(1, 6, T, 128).bfloat16())
+    assert not serves(query[..., :96], key[..., :96])
+    assert not serves(query.float(), key.float())
+    assert not serves(query[:, :, 1:], key[:, :, 1:])
+    assert not serves(keys=torch.empty(1, 2, T + 1, 128).bfloat16())
+    assert not serves(scale=0.0)
+    assert not serves(intervals=plain._replace(first=rows, last=rows))
+    assert not serves(intervals=plain._replace(valid=rows > 0))
+
+
 def test_an_unknown_gluon_leaves_attention_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa_compile.kernels.gpu import launch, ranges
 
