@@ -17,7 +17,8 @@ from nsa_compile.kernels.intervals import (
 )
 from nsa_compile.kernels.sharding import register_rules_for
 
-# A branch's output from which on one operator sums all three: 8,192 tokens of 32 heads of 128 numbers of 16 bits.
+# A sequence's output from which on one operator sums all branches: 8,192 tokens of 32 heads of 128 numbers of 16 bits.
+# Not a batch's, or a sequence's result would depend on the others.
 LARGE_OUTPUT_BYTES = 1 << 26
 
 
@@ -72,7 +73,8 @@ def attention(
 
     Returns:
         `[B, H, T, D_v]`, dtype of `query`, contiguous.  Where no gradient is needed and `query` lies in memory as
-        `[B, T, H, D]`, a gated output of 64 MiB or more lies so too, as torch's fused attentions lay theirs out.
+        `[B, T, H, D]`, a gated output of 64 MiB a sequence or more lies so too, as torch's fused attentions lay out
+        theirs.
 
     Raises:
         NSAError: see `check_arguments`.
@@ -215,5 +217,5 @@ def _is_summed_in_one(output: Tensor, *inputs: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
         return False
-    size = output.numel() * output.element_size()
+    size = output.shape[1:].numel() * output.element_size()
     return isinstance(size, int) and size >= LARGE_OUTPUT_BYTES
