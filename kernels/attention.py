@@ -3,6 +3,8 @@
 Plain aten around the opaque operators of kernels/operators.py, so that Inductor fuses what surrounds them.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -217,5 +219,5 @@ def _is_summed_in_one(output: Tensor, *inputs: Tensor | None) -> bool:
     """
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs):
         return False
-    size = output.shape[1:].numel() * output.element_size()
+    size = math.prod(output.shape[1:]) * output.element_size()  # `Size.numel` would fix a symbolic length
     return isinstance(size, int) and size >= LARGE_OUTPUT_BYTES
