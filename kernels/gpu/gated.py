@@ -1,6 +1,7 @@
 """Gated inference on CUDA after the compressed branch: selected branch, window, and the sum of all three by gates.
 
-For long inputs without gradients: one output needs memory beside the compressed branch's, which becomes the sum.
+For long inputs without gradients.  Beside the compressed branch's output one more needs memory: first the attention to
+the listed blocks, in the end the sum.
 """
 
 from torch import Tensor
@@ -33,9 +34,12 @@ def gated_attention(
     num_initial: int = 0,
     num_local: int = 0,
 ) -> Tensor:
-    """Gates [B, H, T, 3] times the outputs [B, H, T, D_v] of the compressed branch, the selected one and the window.
+    """Sums the compressed branch's output [B, H, T, D_v], the selected branch and the window by gates [B, H, T, 3].
 
     Arguments as for `selected_attention`; the window's keys and values may be tensors of their own.
+
+    Returns:
+        [B, H, T, D_v], as `new_output` makes it.
     """
     intervals = Intervals(first_key, last_key, key_valid, is_causal)
     geometry = selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
