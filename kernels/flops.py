@@ -33,6 +33,14 @@ def _keys_of_window_attention(key: Shape, *_: Any, window: int, **__: Any) -> in
     return min(window, key[2])
 
 
+def _keys_of_gated_attention(
+    key: Shape, value: Shape, block_indices: Shape, *_: Any, selection_block: int, window: int, **__: Any
+) -> int:
+    """Of the selected branch and of the window, each with a softmax of its own."""
+    selected = _keys_of_selected_attention(key, value, block_indices, selection_block=selection_block)
+    return selected + _keys_of_window_attention(key, window=window)
+
+
 def _keys_of_joint_attention(
     key: Shape, _value: Shape, block_indices: Shape, *_: Any, selection_block: int, window: int, **__: Any
 ) -> int:
@@ -61,7 +69,7 @@ def register_flop_formulas() -> None:
     """Registers a formula for each opaque operator; the composite counts as the sum of what it calls."""
     nsa = torch.ops.nsa
     register_flop_formula(nsa.select_blocks)(_select_blocks)
-    register_flop_formula(nsa.gated_attention)(_forward(_keys_of_joint_attention))
+    register_flop_formula(nsa.gated_attention)(_forward(_keys_of_gated_attention))
     for name, keys_per_query in {
         "compressed_attention": _keys_of_compressed_attention,
         "selected_attention": _keys_of_selected_attention,

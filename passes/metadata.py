@@ -164,6 +164,13 @@ def memory_order(tensor: torch.Tensor) -> "list[int] | None":
     return None
 
 
+def is_permuted(node: fx.Node) -> bool:
+    """Tells whether a node's tensor is known to be contiguous in another order of its dimensions than their own."""
+    tensor = tensor_of(node)
+    order = None if tensor is None else memory_order(tensor)
+    return order is not None and order != sorted(order)
+
+
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     """Returns the mode that the graph's own fake tensors belong to.
 

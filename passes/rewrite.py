@@ -7,7 +7,7 @@ from torch import fx
 from nsa_compile.passes.bodies import bring_in, take_out
 from nsa_compile.passes.emission import Emitter, erase_dead
 from nsa_compile.passes.learned_emission import emit_learned
-from nsa_compile.passes.metadata import device_of, memory_order, recorded_tensor
+from nsa_compile.passes.metadata import device_of, is_permuted
 from nsa_compile.passes.plan import Replacement, RewritePlan
 from nsa_compile.passes.predicate.emission import EmittedInterval
 from nsa_compile.passes.scopes import is_extensible, outward
@@ -95,9 +95,8 @@ class _Rewrite:
         if replacement.learned is not None:
             attributes |= emit_learned(emitter, site, replacement.learned, tensors[1], tensors[2])
         result = emitter.attention(tensors, attributes, (*site.query.shape[:3], site.value.shape[3]), site.dtype)
-        order = memory_order(recorded_tensor(site.node))
-        if replacement.config.combine == "gated" and (site.output or order is None or order == sorted(order)):
-            # Large outputs of gated attention may lie in another order, and views may depend on this one.
+        if replacement.config.combine == "gated" and (site.output or not is_permuted(site.node)):
+            # Large outputs of gated attention may lie in another order than that which views may depend on.
             result = emitter.contiguous(result)
         for step in site.output:
             result = emitter.step(result, step)

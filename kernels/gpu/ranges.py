@@ -26,7 +26,7 @@ def attend(
 
 
 def attention_lse(query: Tensor, key: Tensor, intervals: Intervals, geometry: KeyGeometry, scale: float) -> Tensor:
-    """Returns lse [B, H, T] float32 alone; by Triton's kernel, for what NOTES.md says of version 11."""
+    """Returns lse [B, H, T] float32 alone; by Triton's kernel, as one in Gluon was no faster (NOTES.md)."""
     query, key = map(launch.contiguous_rows, (query, key))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     launch.flash_forward(query, key, key, intervals, geometry, scale, None, lse)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from nsa_compile.errors import NSAError
 from nsa_compile.kernels import attention, reference
@@ -95,6 +96,17 @@ def test_large_outputs_are_summed_in_one_where_no_gradient_is_needed(draw_inputs
         assert ("gated_attention" in called) == is_in_one
         assert ("selected_attention" in called) != is_in_one
         torch.testing.assert_close(attend(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_operator_counts_as_the_two_that_it_stands_for(draw_inputs, monkeypatch):
+    inputs, gates = draw_inputs(num_queries=40, num_keys=40, requires_grad=False), torch.rand(2, 4, 40, 3)
+    counts = []
+    for limit in (1 << 40, 1):
+        monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", limit)
+        with FlopCounterMode(display=False) as counter:
+            nsa.attention(*inputs.tensors, gates=gates, combine="gated", **SIZES)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("is_training", [False, True])

@@ -186,7 +186,7 @@ def test_end_of_gated_attention_equals_reference(case: tuple, hopper, monkeypatc
     )
     assert relative_error(output, expected) < BUDGET[dtype]
     for part in (slice(0, T // 64 * 64), slice(T // 64 * 64, T)):
-        assert relative_error(output[:, :, part], expected[:, :, part]) < 2 * BUDGET[dtype] or part.start == part.stop
+        assert relative_error(output[:, :, part], expected[:, :, part]) < 2 * BUDGET[dtype]  # 0 of no rows
     assert torch.equal(output, attend())
     assert torch.equal(output[-1:], attend(slice(B - 1, B)))
     # Keys of its own for the window: by Triton's kernels, the same function.

@@ -8,6 +8,8 @@ import torch
 
 from nsa_compile import NSAConfig, bench
 from nsa_compile.cli.main import main
+from nsa_compile.kernels import attention
+from nsa_compile.kernels.blockwise import branches
 
 SHAPE = bench.Shape(heads=4, kv_heads=2, tokens=300, head_size=16, value_size=16)
 CONFIG = NSAConfig(block_length=8, block_stride=4, selection_block=16, num_selected=4, window=32)
@@ -20,7 +22,6 @@ def test_benchmark_checks_and_times(combine: str, kind: bench.Kind) -> None:
     compiled = kind == "random"
     result = bench.run_benchmark(SHAPE, config, kind=kind, device="cpu", dtype=torch.float32, compiled=compiled)
     assert result.correct
-    assert ("compiled against eager" in result.errors) == compiled
     names = {stage.name for stage in result.stages}
     assert {"select_blocks", f"{'joint' if combine == 'joint' else 'window'}_attention"} <= names
     assert {f"{which} {way}" for which in ("nsa", "dense sdpa") for way in ("forward", "forward+backward")} <= names
@@ -48,6 +49,22 @@ def test_no_speedup_when_the_check_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_no_speedup_for_an_attention_that_stayed_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "NSABackend", lambda config: "eager")
     result = bench.run_benchmark(SHAPE, CONFIG, device="cpu", dtype=torch.float32, backward=False)
+    assert result.errors["output error"] < 1e-5
+    assert not result.correct
+    assert result.speedup("forward") is None
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_no_speedup_when_an_operator_for_long_inputs_alone_is_wrong(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = dataclasses.replace(SHAPE, tokens=310)  # no other test's: its code may be in Inductor's cache
+    right = branches.gated_attention
+    monkeypatch.setattr(branches, "gated_attention", lambda *tensors, **options: right(*tensors, **options) * 1.01)
+    monkeypatch.setattr(attention, "LARGE_OUTPUT_BYTES", shape.heads * shape.tokens * shape.value_size * 4)
+    monkeypatch.setattr(bench, "_CHECKED_TOKENS", 100)
+    settings = {"device": "cpu", "dtype": torch.float32, "backward": False, "compiled": compiled}
+    result = bench.run_benchmark(shape, CONFIG.replace(combine="gated"), **settings)
     assert result.errors["output error"] < 1e-5
     assert not result.correct
     assert result.speedup("forward") is None

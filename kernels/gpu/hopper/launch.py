@@ -1,4 +1,4 @@
-"""Attention to long ranges of keys on a Hopper GPU, in Gluon: what these kernels take, and their calls.
+"""Attention on a Hopper GPU, in Gluon: what these kernels take, and their calls.
 
 Same results and arguments as the kernels in Triton of the folder above, which serve every other GPU, dtype, head size
 and visibility, and the lse alone.  In each program one warp copies tiles from memory into a ring of shared memory
