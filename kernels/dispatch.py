@@ -21,6 +21,7 @@ _GPU_MODULE = {
     "joint_attention": "joint",
     "joint_listed": "joint",
     "gated_attention": "gated",
+    "output_dot_gradient": "launch",
 }
 
 

@@ -5,6 +5,7 @@ Importing this module registers them, once.
 `nsa::attention` is a composite: one node in Dynamo and export graphs, and below them the calls of
 kernels/attention.py.  The others are opaque; each attention branch X has `X_backward`, an operator too.
 `joint_listed` stands only in Inductor's graphs, below autograd: the part of `joint_attention` before its last kernel.
+`output_dot_gradient` is what all four gradients need of the output, delta: Inductor makes it with what else reads both.
 `gated_attention`, for long inference alone, is all of gated attention that follows the compressed branch: its output
 and those of `selected_attention` and `window_attention`, summed by `gates` `[B, H, T, 3]`; it has no gradient.
 
@@ -21,6 +22,7 @@ Conventions of all opaque operators:
     - Sums are float32, float64 for float64; outputs have the query's dtype.
     - `num_initial` and `num_local` of the attentions over lists promise that every list holds those forced blocks, as
       `select_blocks` makes them; kernels may then read them densely.  0 promises nothing.
+    - `delta` `[B, H, T]` is Σ over D_v of output · its gradient, dtype as `lse`.
     - `lse` `[B, H, T]` is the natural logarithm, float32 (float64 for float64), not differentiable.  A row that
       sees nothing has lse −inf, output 0 and gradient 0.
 
@@ -97,11 +99,20 @@ def _register() -> torch.library.Library:
     torch.library.register_fake("nsa::select_blocks", _fake_select_blocks, lib=library)
     torch.library.register_autograd("nsa::select_blocks", _no_gradient, setup_context=_save_nothing, lib=library)
 
+    library.define("output_dot_gradient(Tensor output, Tensor grad_output) -> Tensor", tags=tags)
+    library.impl(
+        "output_dot_gradient", _dispatched("output_dot_gradient", query_position=0), "CompositeExplicitAutograd"
+    )
+    torch.library.register_fake("nsa::output_dot_gradient", _fake_delta, lib=library)
+    torch.library.register_autograd(
+        "nsa::output_dot_gradient", _refuse_second_derivative, setup_context=_save_nothing, lib=library
+    )
+
     for name, (tensors, attributes) in _BRANCHES.items():
         backward = f"{name}_backward"
         library.define(f"{name}(Tensor query, {tensors}, *, {attributes}) -> (Tensor output, Tensor lse)", tags=tags)
         library.define(
-            f"{backward}(Tensor grad_output, Tensor query, {tensors}, Tensor output, Tensor lse, *, {attributes}) "
+            f"{backward}(Tensor grad_output, Tensor query, {tensors}, Tensor delta, Tensor lse, *, {attributes}) "
             "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
             tags=tags,
         )
@@ -170,6 +181,10 @@ def _fake_output(query: Tensor, _key: Tensor, value: Tensor, *_: Tensor | None, 
     return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3])).transpose(1, 2)
 
 
+def _fake_delta(output: Tensor, _grad_output: Tensor) -> Tensor:
+    return output.new_empty(output.shape[:3], dtype=sum_dtype(output))
+
+
 def _fake_branch(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, Tensor]:
     output = _fake_output(query, key, value)
     return output, query.new_empty(query.shape[:3], dtype=sum_dtype(query))
@@ -193,15 +208,16 @@ def _branch_gradient(backward: str) -> Callable[..., tuple[Tensor | None, ...]]:
     def gradient(ctx: Any, grad_output: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output.stride(-1) != 1:
             grad_output = grad_output.contiguous()
-        saved = ctx.saved_tensors  # read once: checkpointing hands them out once
-        gradients = getattr(torch.ops.nsa, backward)(grad_output, *saved, **ctx.attributes)
-        num_others = len(saved) - 5  # query, key, value; output, lse
+        *inputs, output, lse = ctx.saved_tensors  # read once: checkpointing hands them out once
+        delta = torch.ops.nsa.output_dot_gradient(output, grad_output)
+        gradients = getattr(torch.ops.nsa, backward)(grad_output, *inputs, delta, lse, **ctx.attributes)
+        num_others = len(inputs) - 3  # query, key, value
         return (*gradients, *[None] * num_others)
 
     return gradient
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any, **_: Any) -> None:
     ctx.num_inputs = len(inputs)
     if isinstance(output, Tensor) and not output.is_floating_point():
         ctx.mark_non_differentiable(output)

@@ -16,6 +16,7 @@ from torch import Tensor
 _RESULTS = {
     "select_blocks": 1,
     "gated_attention": 1,
+    "output_dot_gradient": 1,
     **{f"{branch}_attention": 2 for branch in ("compressed", "selected", "window", "joint")},
     **{f"{branch}_attention_backward": 3 for branch in ("compressed", "selected", "window", "joint")},
 }
@@ -60,7 +61,7 @@ def _placements(operator: Any, *tensors: Any, **attributes: Any) -> Sequence[tup
         return [with_heads] * results, [*inputs, *[None] * len(attributes)]
 
     ways = [placed(Replicate(), Replicate()), placed(Shard(0), Shard(0))]
-    keys = given.get("key", given.get("compressed_key"))
+    keys = given.get("key", given.get("compressed_key", given.get("output")))
     # Query heads are a multiple of the KV heads.
     if keys is not None and keys.shape[1] % keys.mesh.size() == 0:
         ways.append(placed(Shard(1), Replicate()))

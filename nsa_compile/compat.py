@@ -238,6 +238,7 @@ class TemplateTools:
         self._register = lowering.register_lowering
         self._fallback = lowering.fallback_handler
         self._empty = lowering.empty_strided
+        self._to_dtype = lowering.to_dtype
         self._needs_realized_inputs = lowering.add_needs_realized_inputs
         self._fixed_layout = ir.FixedLayout
         self._contiguous_strides = ir.FlexibleLayout.contiguous_strides
@@ -298,6 +299,12 @@ class TemplateTools:
     def permuted(self, tensor: Any, dims: Sequence[int]) -> Any:
         """Returns a view with the dimensions in another order."""
         return self._lowerings[torch.ops.aten.permute.default](tensor, list(dims))
+
+    def sum_of_products(self, left: Any, right: Any, dtype: torch.dtype) -> Any:
+        """Returns the sum over the last dimension of what two tensors, cast to `dtype`, give when multiplied."""
+        cast, aten = self._to_dtype, torch.ops.aten
+        product = self._lowerings[aten.mul.Tensor](cast(left, dtype), cast(right, dtype))
+        return self._lowerings[aten.sum.dim_IntList](product, [-1])
 
     def chosen(
         self, name: str, choices: list[Any], inputs: list[Any], layout: Any, fills: Mapping[int, Callable[..., Any]]

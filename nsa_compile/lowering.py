@@ -1,7 +1,8 @@
 """Lets Inductor generate the last kernel of the window branch and of joint attention, fused with what follows it.
 
 The operators stay what they are; only in code that Inductor generates for a GPU do they become a kernel from a template
-(kernels/gpu/templates.py).  Where a template does not apply, Inductor calls the operator as it is.
+(kernels/gpu/templates.py).  Where a template does not apply, Inductor calls the operator as it is.  What gradients need
+of the outputs becomes a sum that Inductor fuses with the gates' gradients, which read the same tensors.
 """
 
 import functools
@@ -38,7 +39,13 @@ def _register() -> bool:
     for name, lower in {"window_attention": _window_attention, "joint_attention": _joint_attention}.items():
         operator = getattr(torch.ops.nsa, name).default
         tools.register(operator, _or_opaque(tools, operator, lower))
+    tools.register(torch.ops.nsa.output_dot_gradient.default, functools.partial(_output_dot_gradient, tools))
     return True
+
+
+def _output_dot_gradient(tools: compat.TemplateTools, output: Any, grad_output: Any) -> Any:
+    dtype = torch.float64 if output.get_dtype() == torch.float64 else torch.float32
+    return tools.sum_of_products(output, grad_output, dtype)
 
 
 def _or_opaque(tools: compat.TemplateTools, operator: Any, lower: Callable[..., Any]) -> Callable[..., Any]:

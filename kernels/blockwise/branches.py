@@ -15,6 +15,12 @@ Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
+def output_dot_gradient(output: Tensor, grad_output: Tensor) -> Tensor:
+    """Multiplies rows with their gradients, and sums over D_v."""
+    dtype = sum_dtype(output)
+    return (output.to(dtype) * grad_output.to(dtype)).sum(-1)
+
+
 def _compressed_part(
     query: Tensor,
     first_key: Tensor | None,
@@ -64,7 +70,7 @@ def compressed_attention_backward(
     first_key: Tensor | None,
     last_key: Tensor | None,
     compressed_valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
@@ -84,7 +90,7 @@ def compressed_attention_backward(
         num_keys=num_keys,
     )
     return attend_backward(
-        grad_output, query, compressed_key, compressed_value, compressed_valid, output, lse, scale, part
+        grad_output, query, compressed_key, compressed_value, compressed_valid, delta, lse, scale, part
     )
 
 
@@ -149,7 +155,7 @@ def selected_attention_backward(
     first_key: Tensor | None,
     last_key: Tensor | None,
     key_valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
@@ -161,7 +167,7 @@ def selected_attention_backward(
     """Gradients of `selected_attention`."""
     bounds = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=key.shape[2])
     part = ListedBlocks(block_indices, selection_block, *bounds)
-    return attend_backward(grad_output, query, key, value, key_valid, output, lse, scale, part)
+    return attend_backward(grad_output, query, key, value, key_valid, delta, lse, scale, part)
 
 
 def window_attention(
@@ -189,7 +195,7 @@ def window_attention_backward(
     first_key: Tensor | None,
     last_key: Tensor | None,
     key_valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
@@ -199,7 +205,7 @@ def window_attention_backward(
     """Gradients of `window_attention`."""
     bounds = visible_bounds(first_key, last_key, is_causal=is_causal, query=query, num_keys=key.shape[2])
     part = KeyRange(*window_bounds(*bounds, window))
-    return attend_backward(grad_output, query, key, value, key_valid, output, lse, scale, part)
+    return attend_backward(grad_output, query, key, value, key_valid, delta, lse, scale, part)
 
 
 def _joint_parts(
@@ -285,7 +291,7 @@ def joint_attention_backward(
     first_key: Tensor | None,
     last_key: Tensor | None,
     key_valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
@@ -306,4 +312,4 @@ def joint_attention_backward(
         selection_block=selection_block,
         window=window,
     )
-    return attend_backward(grad_output, query, key, value, key_valid, output, lse, scale, *parts)
+    return attend_backward(grad_output, query, key, value, key_valid, delta, lse, scale, *parts)

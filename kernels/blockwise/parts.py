@@ -113,7 +113,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     scale: float,
     *parts: KeyRange | ListedBlocks,
@@ -126,7 +126,7 @@ def attend_backward(
         key: `[B, H_kv, S, D]`.
         value: `[B, H_kv, S, D_v]`.
         valid: `[B, S]` bool or None.
-        output: `[B, H, T, D_v]`.
+        delta: `[B, H, T]`, Σ over D_v of output · its gradient.
         lse: `[B, H, T]`.
         scale: factor of the logits.
         parts: as given to `attend`.
@@ -135,7 +135,7 @@ def attend_backward(
         `(grad_query, grad_key, grad_value)`, shapes and dtypes of query, key and value.
     """
     rows = query_rows(query, key.shape[1], scale)
-    gradients = Gradients.start(grad_output, output, lse, rows, key, value)
+    gradients = Gradients.start(grad_output, delta, lse, rows, key, value)
     for part in parts if key.shape[2] else ():
         part.accumulate_backward(gradients, rows, key, value, valid)
     return gradients.finish(scale, query.dtype)

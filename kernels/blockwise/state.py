@@ -138,24 +138,23 @@ class Gradients:
 
     @classmethod
     def start(
-        cls, grad_output: Tensor, output: Tensor, lse: Tensor, rows: Tensor, key: Tensor, value: Tensor
+        cls, grad_output: Tensor, delta: Tensor, lse: Tensor, rows: Tensor, key: Tensor, value: Tensor
     ) -> "Gradients":
         """Starts at zero.
 
         Args:
             grad_output: `[B, H, T, D_v]`.
-            output: `[B, H, T, D_v]`.
+            delta: `[B, H, T]`, Σ over D_v of output · its gradient.
             lse: `[B, H, T]`, natural logarithm.
             rows: query rows `[B, H_kv, T, G, D]`.
             key: `[B, H_kv, S, D]`.
             value: `[B, H_kv, S, D_v]`.
         """
         num_kv_heads = key.shape[1]
-        grads = to_rows(grad_output, num_kv_heads)
         return cls(
-            grads,
+            to_rows(grad_output, num_kv_heads),
             to_log2_rows(lse, num_kv_heads),
-            (grads * to_rows(output, num_kv_heads)).sum(-1),
+            to_rows(delta, num_kv_heads),
             torch.zeros_like(rows),
             key.new_zeros(key.shape, dtype=rows.dtype),
             value.new_zeros(value.shape, dtype=rows.dtype),

@@ -38,7 +38,7 @@ def compressed_attention_backward(
     first_key: Tensor | None,
     last_key: Tensor | None,
     compressed_valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
@@ -51,5 +51,5 @@ def compressed_attention_backward(
     intervals = Intervals(first_key, last_key, compressed_valid, is_causal)
     geometry = KeyGeometry(num_keys, block_length, block_stride)
     return ranges.attend_backward(
-        grad_output, query, compressed_key, compressed_value, intervals, geometry, scale, output, lse
+        grad_output, query, compressed_key, compressed_value, intervals, geometry, scale, delta, lse
     )

@@ -47,6 +47,23 @@ def bounds_width(num_blocks):
 
 
 @triton.jit
+def program_block(num_pairs, PAIRS_FIRST: tl.constexpr):
+    """Which (sequence, KV head) a program handles, and which block, of as many of each as there are programs.
+
+    With PAIRS_FIRST in the order of blocks: the first are listed most, so that no long program starts late.
+    """
+    number = tl.program_id(0)
+    if PAIRS_FIRST:
+        pair = number % num_pairs
+        block = number // num_pairs
+    else:
+        blocks = tl.num_programs(0) // num_pairs
+        pair = number // blocks
+        block = number % blocks
+    return pair, block
+
+
+@triton.jit
 def block_entries(bounds_ptr, pair, block, num_blocks, split, splits, SMALLEST: tl.constexpr):
     """Where one of `splits` shares of a block's entries starts and ends, in the order of a chunk's entries of one pair.
 

@@ -73,7 +73,7 @@ def joint_attention_backward(
     first_key: Tensor | None,
     last_key: Tensor | None,
     key_valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
@@ -86,7 +86,7 @@ def joint_attention_backward(
     """Returns the gradients of query, key and value."""
     intervals = Intervals(first_key, last_key, key_valid, is_causal)
     geometry = _geometry(intervals, key.shape[2], selection_block, window, num_initial, num_local)
-    return listed_backward(grad_output, query, key, value, block_indices, intervals, geometry, scale, output, lse)
+    return listed_backward(grad_output, query, key, value, block_indices, intervals, geometry, scale, delta, lse)
 
 
 def _geometry(

@@ -16,6 +16,7 @@ from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 LOG2_E = math.log2(math.e)
 MANY_PROGRAMS = 1024  # of a kernel whose programs differ in work: enough that all multiprocessors end together
 QUERIES_OF_A_SPLIT = 2048  # a share of fewer queries is not worth a gradient buffer of its own
+QUERIES_OF_AN_INITIAL_SPLIT = 512  # likewise, for the buffer of the initial blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,7 @@ def flash_forward(
 
 def output_dot_gradient(output: Tensor, grad: Tensor) -> Tensor:
     """Σ over D_v of output · grad_output, [B, H, T] float32."""
-    output = contiguous_rows(output)
+    output, grad = contiguous_rows(output), contiguous_rows(grad)
     B, H, T, DV = output.shape
     delta = output.new_empty((B, H, T), dtype=torch.float32)
     rows = 64
@@ -259,8 +260,8 @@ def flash_key_gradient(
     head_splits = query_splits = 1
     if base is None:
         head_splits, query_splits = gradient_splits(geometry, programs, group, T)
-    if initial_only:
-        query_splits = max(1, min(64, T // QUERIES_OF_A_SPLIT))
+    if initial_only:  # so few keys that a share's buffer is small
+        query_splits = max(1, min(64, T // QUERIES_OF_AN_INITIAL_SPLIT))
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 or initial_only else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, limit, D), dtype=dtype)

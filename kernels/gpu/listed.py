@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nsa_compile.kernels.gpu.flash import load_tile, sum_by_gates, token_interval
-from nsa_compile.kernels.gpu.inverted import block_entries, dense_start, routed
+from nsa_compile.kernels.gpu.inverted import block_entries, dense_start, program_block, routed
 
 
 @triton.jit
@@ -55,25 +55,26 @@ def attend_listed(
     query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, blocks_ptr, order_ptr, bounds_ptr,
     partial_ptr, partial_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    H_kv, T, S, num_blocks, window, local_blocks, initial, token_start, token_end, scale_log2,
+    num_pairs, H_kv, T, S, num_blocks, window, local_blocks, initial, token_start, token_end, scale_log2,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHARE: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_DENSE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DENSE: tl.constexpr, DIRECT: tl.constexpr, MASKED: tl.constexpr, PAIRS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial output and base-2 lse of the (token, slot) pairs of one block; rows are pairs x heads of the group.
 
     Writes partial [B, token, slot·SUB + sub, H, DV].  DIRECT: the program's block is that of one pair, without an
     inverted list, for few tokens (decoding).  Not MASKED: every pair sees all BLOCK_S keys.
     """
-    pair = tl.program_id(1)
+    pair, place = program_block(num_pairs, PAIRS_FIRST)
     batch = pair // H_kv
     kv_head = pair % H_kv
-    sub = tl.program_id(0) % SUB
+    sub = place % SUB
     chunk = token_end - token_start
     if DIRECT:
-        start = tl.program_id(0) // SUB
+        start = place // SUB
         end = start + 1
         entry_token = token_start + start // SLOTS
         listed = blocks_ptr + (pair.to(tl.int64) * T + entry_token) * NUM_LISTED
@@ -85,8 +86,8 @@ def attend_listed(
         if not routed(block, entry_low, initial, SELECTION_BLOCK):
             return
     else:
-        block = tl.program_id(0) // SUB
-        start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(2), tl.num_programs(2), SHARE)
+        block = place // SUB
+        start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(1), tl.num_programs(1), SHARE)
         if start >= end:
             return
     columns = tl.arange(0, BLOCK_S)
@@ -158,25 +159,25 @@ def listed_gradient(
     partial_ptr, grad_key_ptr, grad_value_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gt,
-    H_kv, T, S, num_blocks, window, local_blocks, token_start, token_end, scale, scale_log2,
+    num_pairs, H_kv, T, S, num_blocks, window, local_blocks, token_start, token_end, scale, scale_log2,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHARE: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_DENSE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DENSE: tl.constexpr, MASKED: tl.constexpr, PAIRS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients that pass through one block of keys, for the (token, slot) pairs that list it; MASKED as above.
 
     Adds to grad_key and grad_value [split, B, H_kv, S, ·] float32, the keys' without the scale; writes what the block
     gives to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].
     """
-    pair = tl.program_id(1)
+    pair, place = program_block(num_pairs, PAIRS_FIRST)
     batch = pair // H_kv
     kv_head = pair % H_kv
-    block = tl.program_id(0) // SUB
-    sub = tl.program_id(0) % SUB
+    block = place // SUB
+    sub = place % SUB
     chunk = token_end - token_start
-    start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(2), tl.num_programs(2), SHARE)
+    start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(1), tl.num_programs(1), SHARE)
     if start >= end:
         return
     columns = tl.arange(0, BLOCK_S)
@@ -240,7 +241,7 @@ def listed_gradient(
         pairs = following - first_entry
         following = coming
 
-    split = tl.program_id(2).to(tl.int64) * tl.num_programs(1)
+    split = tl.program_id(1).to(tl.int64) * num_pairs
     row = ((split + pair) * S + keys)[:, None]
     key_out = grad_key_ptr + row * D + d[None, :]
     value_out = grad_value_ptr + row * DV + dv[None, :]

@@ -41,12 +41,12 @@ def attend_backward(
     intervals: Intervals,
     geometry: KeyGeometry,
     scale: float,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value, contiguous, in the inputs' dtype."""
     query, key, value, grad = map(launch.contiguous_rows, (query, key, value, grad_output))
-    lse, delta = lse.contiguous(), launch.output_dot_gradient(output, grad)
+    lse, delta = lse.contiguous(), delta.contiguous()
     attention = (query, key, value, intervals, geometry, scale)
     grad_query = query.new_empty(query.shape)
     _kernels("query_gradient", *attention).flash_query_gradient(*attention, grad, lse, delta, grad_query)

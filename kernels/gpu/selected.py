@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import launch, listed, tiles
+from nsa_compile.kernels.gpu import launch, listed, ranges, tiles
 from nsa_compile.kernels.gpu.inverted import invert_lists
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
@@ -20,6 +20,10 @@ from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
 BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
+# Programs, but for shares, up to which those of all sequences and KV heads run side by side: no long one starts late.
+# With more of them the queries of a KV head at a time stay in L2.
+FORWARD_PAIRS_FIRST = 3072
+BACKWARD_PAIRS_FIRST = 4096
 MOST_SPLITS = 8  # of a block's list entries: some blocks are listed by most tokens
 SHARE = 64  # list entries of a split, or a multiple: a program that loads a block for fewer gains nothing
 
@@ -60,7 +64,7 @@ def selected_attention_backward(
     first_key: Tensor | None,
     last_key: Tensor | None,
     key_valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
@@ -72,7 +76,7 @@ def selected_attention_backward(
     """Returns the gradients of query, key and value."""
     intervals = Intervals(first_key, last_key, key_valid, is_causal)
     geometry = selected_geometry(intervals, key.shape[2], selection_block, num_initial, num_local)
-    return listed_backward(grad_output, query, key, value, block_indices, intervals, geometry, scale, output, lse)
+    return listed_backward(grad_output, query, key, value, block_indices, intervals, geometry, scale, delta, lse)
 
 
 def selected_geometry(
@@ -123,7 +127,7 @@ def _tile(query: Tensor, value: Tensor, group: int, direct: bool, backward: bool
         rows, warps, stages = ((128, 4, 2), (128, 8, 2), (64, 8, 2), (64, 8, 1))[(width - 1) // 128]
     else:
         rows, warps, stages = 64, 4, 1
-        limit = {"maxnreg": 168} if width <= 256 else {}  # three programs a multiprocessor
+        limit = {"maxnreg": 168} if 128 < width <= 256 else {}  # three programs a multiprocessor
     group_block = min(group, rows)
     if direct:
         rows = max(16, next_power_of_2(group_block))
@@ -223,17 +227,18 @@ def listed_forward(
         if has_entries:
             if inverted is None:
                 order, bounds = block_indices, block_indices
-                grid = (chunk * slots * sub, B * H_kv)
+                grid = (chunk * slots * sub * B * H_kv, 1)
             else:
                 order, bounds = inverted.order, inverted.bounds[index]
-                grid = (_seen_blocks(intervals, geometry, end) * sub, B * H_kv, MOST_SPLITS)
+                grid = (_seen_blocks(intervals, geometry, end) * sub * B * H_kv, MOST_SPLITS)
             listed.attend_listed[grid](
                 query, key, value, *intervals.pointers(query), block_indices, order, bounds, partial, partial_lse,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-                H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, geometry.initial, start, end,
+                B * H_kv, H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, geometry.initial, start, end,
                 scale * launch.LOG2_E,
                 SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, **lists,
                 HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
+                PAIRS_FIRST=grid[0] <= FORWARD_PAIRS_FIRST,
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip
         _merge(
@@ -255,17 +260,16 @@ def listed_backward(
     intervals: Intervals,
     geometry: KeyGeometry,
     scale: float,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value for `listed_forward`."""
     query, key, value, grad = map(launch.contiguous_rows, (query, key, value, grad_output))
-    block_indices, lse = block_indices.contiguous(), lse.contiguous()
+    block_indices, lse, delta = (each.contiguous() for each in (block_indices, lse, delta))
     B, H, T, D = query.shape
     H_kv, S, DV = key.shape[1], key.shape[2], value.shape[-1]
     n = block_indices.shape[-1]
     slots = geometry.list_constants(n)["SLOTS"]
-    delta = launch.output_dot_gradient(output, grad)
     grad_query = query.new_empty(query.shape)
     block_size, sub = _sub_block(geometry.selection_block)
     num_blocks = cdiv(S, geometry.selection_block)
@@ -283,18 +287,29 @@ def listed_backward(
     partial = query.new_empty(B * longest * slots * sub * H * D)
     has_entries = B * S * longest * n > 0
     inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries else None
+    is_masked = _cuts_blocks(geometry, intervals)
+    hopper = ranges.hopper(query.device.type)
+    if hopper is None or not hopper.handles_lists(query, key, value, grad, partial, block_size, is_masked, scale):
+        hopper = None
     for index, (start, end) in enumerate(chunks):
         if inverted is not None:
-            listed.listed_gradient[(_seen_blocks(intervals, geometry, end) * sub, B * H_kv, splits)](
-                query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds[index], grad, lse, delta,
-                partial, grad_key, grad_value,
-                *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
-                H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, start, end,
-                scale, scale * launch.LOG2_E,
-                SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, SLOTS=slots,
-                HAS_DENSE=not geometry.empty, MASKED=_cuts_blocks(geometry, intervals),
-                **constants, **intervals.constants(), **tile,
-            )  # fmt: skip
+            grid = (_seen_blocks(intervals, geometry, end) * sub * B * H_kv, splits)
+            lists = {"SHARE": SHARE, "SUB": sub, "SLOTS": slots, "PAIRS_FIRST": grid[0] <= BACKWARD_PAIRS_FIRST}
+            if hopper is not None:
+                hopper.listed_gradient(
+                    grid, query, key, value, inverted.order, inverted.bounds[index], grad, lse, delta, partial,
+                    grad_key, grad_value, num_blocks, (start, end), scale, lists,
+                )  # fmt: skip
+            else:
+                listed.listed_gradient[grid](
+                    query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds[index], grad, lse,
+                    delta, partial, grad_key, grad_value,
+                    *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
+                    B * H_kv, H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, start, end,
+                    scale, scale * launch.LOG2_E,
+                    BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, HAS_DENSE=not geometry.empty,
+                    MASKED=is_masked, **lists, **constants, **intervals.constants(), **tile,
+                )  # fmt: skip
         _merge(
             listed.merge_query_gradients, block_indices, intervals, geometry, (start, end), sub, constants,
             partial, grad_query, D=D, BLOCK_D=constants["BLOCK_D"],

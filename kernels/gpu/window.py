@@ -35,7 +35,7 @@ def window_attention_backward(
     first_key: Tensor | None,
     last_key: Tensor | None,
     key_valid: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     *,
     is_causal: bool,
@@ -45,4 +45,4 @@ def window_attention_backward(
     """Returns the gradients of query, key and value."""
     intervals = Intervals(first_key, last_key, key_valid, is_causal)
     geometry = KeyGeometry(key.shape[2], window=window)
-    return ranges.attend_backward(grad_output, query, key, value, intervals, geometry, scale, output, lse)
+    return ranges.attend_backward(grad_output, query, key, value, intervals, geometry, scale, delta, lse)

@@ -75,6 +75,7 @@ def run(
     selected.PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
     gated.PARTIAL_BYTES = limit, limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
+    selected.FORWARD_PAIRS_FIRST = selected.BACKWARD_PAIRS_FIRST = 0 if limit == 1 else 4096
     # Few enough shares that each has something to do.
     launch.QUERIES_OF_A_SPLIT, selected.MOST_SPLITS, selected.SHARE = (20, 3, 4) if limit == 1 else (2048, 8, 64)
     query = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2)
@@ -99,7 +100,8 @@ def run(
         expected, expected_lse = getattr(reference, name)(*double, *tensors[3:], scale=scale, **extra, **sight)
         errors[name] = error(output, expected)
         errors[f"{name} lse"] = error(lse.exp(), expected_lse.exp())
-        gradients = getattr(module, f"{name}_backward")(grad, *arguments, output, lse, **attributes)
+        delta = launch.output_dot_gradient(output, grad)
+        gradients = getattr(module, f"{name}_backward")(grad, *arguments, delta, lse, **attributes)
         for letter, one, other in zip(
             "qkv", gradients, torch.autograd.grad(expected, double, grad.double()), strict=True
         ):
@@ -115,19 +117,21 @@ def run(
     compare("window_attention", window, (query, key, value), valid, {**base, "window": width}, {"window": width})
     choice = {"selection_block": 16, "num_selected": 4, "num_initial": 1, "num_local": 2}
     lists = reference.select_blocks(query, compressed_key, scale=scale, **numbers, **choice, **sight)
-    candidates, block_valid = (first, last), None
+    candidates = (first, last)
     if valid is not None:
         candidates = tighten_intervals(first, last, valid, is_causal=True, query=query)
-        block_valid = blocks_with_valid_key(valid, 16)
     apart = {"block_length": 4, "block_stride": 4}
-    for name, queries, parts in (
-        ("select_blocks", query, compression),
-        ("select_blocks of equal scores", torch.zeros_like(query), compression),
-        ("select_blocks, no overlap", query, apart),
+    for name, queries, parts, more in (
+        ("select_blocks", query, compression, {}),
+        ("select_blocks of equal scores", torch.zeros_like(query), compression, {}),
+        ("select_blocks, no overlap", query, apart, {}),
+        ("select_blocks of many", query, apart, {"selection_block": 4, "num_selected": 9}),
+        ("select_blocks of many equal scores", torch.zeros_like(query), apart, {"selection_block": 4}),
     ):
         keys = mean_compress(key, **parts)
-        settings = {**parts, "num_keys": S, **choice}
+        settings = {**parts, "num_keys": S, **choice, **more}
         seen = None if valid is None else valid.unfold(1, *parts.values()).all(-1)
+        block_valid = None if valid is None else blocks_with_valid_key(valid, settings["selection_block"])
         wanted = reference.select_blocks(queries, keys, scale=scale, **settings, **sight)
         chosen = selection.select_blocks(queries, keys, None, *candidates, seen, block_valid, **base, **settings)
         errors[name] = float((chosen != wanted).float().mean())

@@ -99,7 +99,8 @@ class Branch:
             forward = getattr(branches, f"{self.name}_attention")
             backward = getattr(branches, f"{self.name}_attention_backward")
             output, lse = forward(*self.leaves, *self.operands, **self.attributes)
-            gradients = backward(grad_output, *self.leaves, *self.operands, output, lse, **self.attributes)
+            delta = branches.output_dot_gradient(output, grad_output)
+            gradients = backward(grad_output, *self.leaves, *self.operands, delta, lse, **self.attributes)
         return output, lse, *gradients
 
     def grad_output(self):

@@ -41,10 +41,10 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
     nothing = (None, None, None)
     with compiler.compile_only(capability) as compiled:
         output, lse = window.window_attention(query, key, key, *nothing, **causal, window=512)
-        window.window_attention_backward(output, query, key, key, *nothing, output, lse, **causal, window=512)
+        window.window_attention_backward(output, query, key, key, *nothing, lse, lse, **causal, window=512)
         compressed_tensors = (query, compressed_key, compressed_key, *nothing)
         compressed.compressed_attention(*compressed_tensors, **causal, **compression)
-        compressed.compressed_attention_backward(output, *compressed_tensors, output, lse, **causal, **compression)
+        compressed.compressed_attention_backward(output, *compressed_tensors, lse, lse, **causal, **compression)
         blocks = {"selection_block": 64, **forced}
         selection.select_blocks(
             query, compressed_key, None, *nothing, None, **causal, **compression, **blocks, num_selected=16
@@ -60,7 +60,7 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
         )
         joint.joint_attention(query, key, key, lists, *nothing, **causal, **blocks, window=512)
         joint.joint_attention(query[:, :, :1], key, key, lists[:, :, :1], *nothing, **causal, **blocks, window=512)
-        selected.selected_attention_backward(query, query, key, key, lists, *nothing, output, lse, **causal, **blocks)
+        selected.selected_attention_backward(query, query, key, key, lists, *nothing, lse, lse, **causal, **blocks)
         both = (query, key, key, lists, key, key, *nothing)
         gated.gated_attention(*both, output, output[..., :3], **causal, **blocks, window=512)
     loops = {
@@ -109,7 +109,7 @@ def test_other_head_sizes_fit_in_shared_memory(size: int, value_size: int, monke
         for module, name, tensors, attributes in branches:
             arguments = (*tensors, None, None, None)
             output, lse = getattr(module, name)(*arguments, **causal, **attributes)
-            getattr(module, f"{name}_backward")(output, *arguments, output, lse, **causal, **attributes)
+            getattr(module, f"{name}_backward")(output, *arguments, lse, lse, **causal, **attributes)
         choice = {**branches[1][3], **branches[2][3], "num_selected": 16}
         selection.select_blocks(query, key[:, :, :511], lse, None, None, None, None, **causal, **choice)
     used = {kernel.name for kernel in compiled}
@@ -142,6 +142,27 @@ def test_hopper_kernels_overlap_their_products_and_do_not_spill(size: int, value
     assert all(kernel.warpgroup_mma and kernel.bulk_copies for kernel in compiled)
     assert not any(kernel.is_serialized() for kernel in compiled)
     assert not any(kernel.spills() for kernel in (*compiled[:3], compiled[-1]))
+
+
+@pytest.mark.parametrize(("heads", "dtype"), [(4, torch.bfloat16), (6, torch.float16)])
+def test_gradients_through_lists_overlap_their_products_three_programs_a_multiprocessor(
+    heads: int, dtype: torch.dtype
+) -> None:
+    from nsa_compile.kernels.gpu.hopper import launch as hopper
+
+    compiler = _compiler()
+    rows = torch.empty(1, 1024, heads, 64, dtype=dtype).transpose(1, 2)
+    keys = torch.empty(1, 1024, 2, 64, dtype=dtype).transpose(1, 2)
+    numbers, sums = torch.empty(1, 2, 1024, dtype=torch.int32), torch.empty(1, 1, 2, 1024, 64)
+    lists = {"SHARE": 64, "SUB": 1, "SLOTS": 13, "PAIRS_FIRST": True}
+    arguments = (rows, keys, keys, numbers, numbers[0], rows, sums[0, 0], sums[0, 0], rows, sums, sums)
+    with compiler.compile_only(90) as compiled:
+        hopper.listed_gradient((32, 1), *arguments, 16, (0, 1024), 0.125, lists)
+    (kernel,) = compiled
+    assert kernel.warpgroup_mma
+    assert kernel.pipelined
+    assert not kernel.is_serialized()
+    assert 3 * (kernel.shared + 1024) <= compiler.SHARED_MEMORY_LIMIT[90] + 1024
 
 
 def test_hopper_kernels_serve_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +228,46 @@ def test_the_kernel_that_ends_gated_attention_serves_what_it_can(monkeypatch: py
     assert not serves(scale=0.0)
     assert not serves(intervals=plain._replace(first=rows, last=rows))
     assert not serves(intervals=plain._replace(valid=rows > 0))
+
+
+def test_the_kernel_for_gradients_through_lists_serves_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_compile.kernels.gpu.hopper import launch as hopper
+
+    T = hopper.FEWEST_QUERIES
+    rows = torch.empty(1, 4, T, 64).bfloat16()
+    keys = rows[:, :2]
+
+    def serves(
+        query: torch.Tensor = rows,
+        key: torch.Tensor = keys,
+        value: torch.Tensor = keys,
+        grad: torch.Tensor = rows,
+        partial: torch.Tensor = rows,
+        block_size: int = 64,
+        *,
+        is_masked: bool = False,
+        scale: float = 0.1,
+    ) -> bool:
+        return hopper.handles_lists(query, key, value, grad, partial, block_size, is_masked, scale)
+
+    assert not serves()
+    monkeypatch.setattr(hopper, "is_hopper", lambda device: True)
+    assert serves()
+    # Parts of blocks, other blocks, heads, dtypes and scales, and few queries.
+    assert not serves(is_masked=True)
+    assert not serves(block_size=32)
+    assert not serves(*(torch.empty(1, 2, T, 128).bfloat16(),) * 4)
+    assert not serves(value=torch.empty(1, 2, T, 128).bfloat16())
+    assert not serves(*(each.float() for each in (rows, keys, keys, rows)))
+    assert not serves(scale=0.0)
+    assert not serves(rows[:, :, 1:], grad=rows[:, :, 1:])
+    assert not serves(torch.empty(1, 130, T, 64, device="meta").bfloat16(), rows[:, :1], rows[:, :1])
+    # Rows that no copy of 16 bytes takes; more numbers than 32 bits count.
+    assert not serves(grad=torch.empty(1, 4, T, 65).bfloat16()[..., 1:])
+    assert not serves(partial=torch.empty(1 << 31, device="meta"))
+    assert not serves(
+        grad=torch.empty(1, device="meta").expand(1, 4, T, 64).as_strided((1, 4, T, 64), (0, 1 << 30, 64, 1))
+    )
 
 
 def test_an_unknown_gluon_leaves_attention_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:

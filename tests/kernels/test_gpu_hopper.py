@@ -52,7 +52,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def count_launches(hopper, monkeypatch: pytest.MonkeyPatch) -> Counter:
     """How often each launch is called from now on."""
     used: Counter = Counter()
-    for name in ("flash_forward", "flash_query_gradient", "flash_key_gradient", "gated_end"):
+    for name in ("flash_forward", "flash_query_gradient", "flash_key_gradient", "listed_gradient", "gated_end"):
         function = getattr(hopper, name)
 
         def counted(*args, name: str = name, function=function):
@@ -83,7 +83,8 @@ def test_compressed_attention_equals_reference(case: tuple, hopper, monkeypatch:
 
     grad = torch.randn_like(output)
     wanted = torch.autograd.grad(expected, double, grad.double())
-    arguments = (grad, query, key, value, None, None, None, output, lse)
+    delta = torch.ops.nsa.output_dot_gradient(output, grad)
+    arguments = (grad, query, key, value, None, None, None, delta, lse)
     gradients = torch.ops.nsa.compressed_attention_backward(*arguments, **causal)
     for gradient, each in zip(gradients, wanted, strict=True):
         # Among one key a gradient is a difference of equal numbers.
@@ -109,7 +110,8 @@ def test_window_gradients_equal_reference(
     # Rows that no copy to shared memory could take.
     grad = torch.randn(2, 6, T, size + 1, device="cuda", dtype=torch.bfloat16)[..., 1:]
     wanted = torch.autograd.grad(expected, double, grad.double())
-    arguments = (grad, query, key, value, None, None, None, output, lse)
+    delta = torch.ops.nsa.output_dot_gradient(output, grad)
+    arguments = (grad, query, key, value, None, None, None, delta, lse)
     gradients = torch.ops.nsa.window_attention_backward(*arguments, is_causal=True, **attributes)
     for gradient, each in zip(gradients, wanted, strict=True):
         # In a window of one key the gradients of queries and keys are 0.
@@ -139,6 +141,64 @@ def test_whole_operator_repeats_under_a_cuda_graph_and_ignores_the_batch(combine
     assert all(each.isfinite().all() for each in replayed)
     alone = nsa_attention(*(each[1:] for each in leaves), config=config, gates=None if gates is None else gates[1:])
     assert torch.equal(replayed[0], alone[0])
+
+
+# B, H, H_kv, T, l', n, initial and local blocks, dtype
+LISTS = {
+    "pairs_of_heads": (2, 8, 4, 1500, 64, 12, 1, 2, torch.bfloat16),
+    "three_heads": (1, 9, 3, 1111, 64, 9, 1, 2, torch.bfloat16),
+    "multi_head": (1, 4, 4, 900, 64, 8, 0, 1, torch.float16),
+    "one_group": (1, 64, 1, 700, 64, 6, 1, 2, torch.bfloat16),
+    "long_blocks": (1, 8, 2, 2000, 128, 6, 1, 2, torch.float16),
+    "everything_listed": (1, 4, 2, 640, 64, 32, 2, 3, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("chunks", ["one_chunk", "several_chunks"])
+@pytest.mark.parametrize("case", LISTS.values(), ids=LISTS)
+def test_gradients_through_lists_equal_reference(
+    case: tuple, chunks: str, hopper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nsa_compile.kernels.gpu import selected
+
+    B, H, H_kv, T, block, n, num_initial, num_local, dtype = case
+    if chunks == "several_chunks":
+        monkeypatch.setattr(selected, "BACKWARD_PARTIAL_BYTES", 1 << 20)
+        monkeypatch.setattr(selected, "BACKWARD_PAIRS_FIRST", 0)
+    query = torch.randn(B, T, H, 64, device="cuda", dtype=dtype).transpose(1, 2)
+    key, value = in_poison(B, H_kv, T, 64, dtype=dtype), in_poison(B, H_kv, T, 64, dtype=dtype)
+    compression, forced = {"block_length": 16, "block_stride": 16}, {"num_initial": num_initial, "num_local": num_local}
+    lists = reference.select_blocks(
+        query, reference.compress_mean(key, **compression), num_keys=T, **compression, selection_block=block,
+        num_selected=n, **forced,
+    )  # fmt: skip
+    double = [each.double().requires_grad_() for each in (query, key, value)]
+    expected, expected_lse = reference.selected_attention(*double, lists, selection_block=block, scale=0.125)
+    grad = in_poison(B, H, T, 64, dtype=dtype)
+    wanted = torch.autograd.grad(expected, double, grad.double())
+    delta = (expected.detach() * grad.double()).sum(-1).float()
+    used = count_launches(hopper, monkeypatch)
+
+    def gradients(batch: slice = slice(None), grad: Tensor = grad) -> tuple[Tensor, ...]:
+        tensors = (grad, query, key, value, lists, None, None, None, delta, expected_lse.float())
+        return torch.ops.nsa.selected_attention_backward(
+            *(each if each is None else each[batch] for each in tensors), is_causal=True, scale=0.125,
+            selection_block=block, **forced,
+        )  # fmt: skip
+
+    given = gradients()
+    assert used["listed_gradient"] >= (2 if chunks == "several_chunks" else 1)
+    for gradient, each in zip(given, wanted, strict=True):
+        assert relative_error(gradient, each) < 1.5 * BUDGET[dtype]
+    assert all(torch.equal(one, other) for one, other in zip(given, gradients(), strict=True))
+    alone = gradients(slice(B - 1, B))
+    assert all(torch.equal(one[-1:], other) for one, other in zip(given, alone, strict=True))
+    # Rows that no copy of 16 bytes could take go through Triton's kernel, the same function.
+    used.clear()
+    odd = torch.empty(B, H, T, 65, device="cuda", dtype=dtype)[..., 1:].copy_(grad)
+    for gradient, each in zip(gradients(grad=odd), wanted, strict=True):
+        assert relative_error(gradient, each) < 1.5 * BUDGET[dtype]
+    assert used["listed_gradient"] == 0
 
 
 # B, H, H_kv, T, D, D_v, w, initial and local blocks, dtype

@@ -82,7 +82,9 @@ def test_opcheck(draw_inputs, name, transposed, bounds):
         output, lse = getattr(nsa, name)(*positional, **keywords)
     # Without requires_grad: second derivatives are refused.
     positional = [each.detach() if isinstance(each, torch.Tensor) else each for each in positional]
-    backward = [torch.randn_like(output), *positional, output, lse]
+    delta = torch.randn_like(lse)
+    backward = [torch.randn_like(output), *positional, delta, lse]
+    torch.library.opcheck(nsa.output_dot_gradient.default, (output.detach(), backward[0]))
     torch.library.opcheck(getattr(nsa, f"{name}_backward").default, backward, keywords)
 
 
@@ -123,7 +125,10 @@ def test_results_are_fresh_contiguous_and_as_the_fake_says(draw_inputs, name, dt
     real = check(getattr(nsa, name), positional)
     if name != "select_blocks":
         assert real[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        check(getattr(nsa, f"{name}_backward"), [torch.randn_like(real[0]), *positional, *real])
+        grad = torch.randn_like(real[0])
+        delta = nsa.output_dot_gradient(real[0], grad)
+        assert (delta.shape, delta.dtype, delta.stride()) == (real[1].shape, real[1].dtype, real[1].stride())
+        check(getattr(nsa, f"{name}_backward"), [grad, *positional, delta, real[1]])
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -138,7 +143,10 @@ def test_no_result_holds_uninitialised_memory(draw_inputs, name):
             if name == "select_blocks":
                 return [results]
             backward = getattr(nsa, f"{name}_backward")
-            return [*results, *backward(torch.ones_like(results[0]), *positional, *results, **keywords)]
+            output, lse = results
+            grad = torch.ones_like(output)
+            delta = nsa.output_dot_gradient(output, grad)
+            return [*results, delta, *backward(grad, *positional, delta, lse, **keywords)]
 
     plain = run()
     torch.use_deterministic_algorithms(True)

@@ -69,6 +69,23 @@ def test_what_follows_the_attention_is_in_its_kernel(combine, is_dynamic, is_tra
     generated.check_fused(code, combine)
 
 
+def test_what_gradients_need_of_outputs_is_computed_with_the_gates_gradients():
+    config = NSAConfig(combine="gated", min_keys=1)
+    layer, inputs = generated.Attention(size=32), [torch.randn(2, 80, 96), torch.randn(80, 32), torch.randn(80, 32)]
+    attach(layer, config, tuple(inputs))
+    compiled = torch.compile(layer.bfloat16(), backend=NSABackend(config), dynamic=False, fullgraph=True)
+
+    def run() -> None:
+        compiled(*(each.bfloat16() for each in inputs)).float().square().sum().backward()
+
+    backward = fake_cuda.generate_code(fake_cuda.capture_graphs(run)[1])
+    assert not re.search(r"^[^#\n]*torch\.ops\.nsa\.output_dot_gradient", backward, re.MULTILINE)
+    assert re.search(r"^[^#\n]*torch\.ops\.nsa\.window_attention_backward", backward, re.MULTILINE)
+    kernels = re.findall(r"^ *(triton_\w*output_dot_gradient\w*)\.run\(", backward, re.MULTILINE)
+    assert len(kernels) == 1
+    assert "sigmoid" in kernels[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])

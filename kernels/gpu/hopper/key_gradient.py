@@ -126,13 +126,13 @@ def hopper_key_gradient(
     dtype: gl.constexpr = key_desc.dtype
     LINES: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     H_kv = H // GROUP
-    batch = gl.program_id(1) // H_kv
-    kv_head = gl.program_id(1) % H_kv
+    batch = gl.program_id(0) // H_kv
+    kv_head = gl.program_id(0) % H_kv
     head_split = gl.program_id(2) // query_splits
     query_split = gl.program_id(2) % query_splits
     first_head = kv_head * GROUP + head_split * HEADS
-    key_start = gl.program_id(0) * (WARPGROUPS * ROWS)
-    first_row = (gl.program_id(2).to(gl.int64) * gl.num_programs(1) + gl.program_id(1)) * N
+    key_start = gl.program_id(1) * (WARPGROUPS * ROWS)  # causal: keys that most tokens see come first
+    first_row = (gl.program_id(2).to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * N
     # Tokens from `start` to before `end` see some of the keys, those from `whole_start` to before `whole_end` all.
     start = T * 0
     end = T

@@ -7,6 +7,7 @@ products run; Triton, given the same loop, waits for each product.
 
 * forward.py: the softmax over compressed keys, as in FlashAttention-3 (arXiv 2407.08608);
 * query_gradient.py, key_gradient.py: its gradients, the latter for windows too;
+* listed.py: the gradients of attention to listed blocks, without a loading warp, as its rows are gathered;
 * gated_end.py: the last kernel of gated inference on long inputs.
 
 Key i stands for the tokens [i·STRIDE, i·STRIDE + LENGTH), as in flash.py.
@@ -22,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_compile.kernels.gpu import tiles
-from nsa_compile.kernels.gpu.hopper import forward, key_gradient, query_gradient
+from nsa_compile.kernels.gpu.hopper import forward, key_gradient, listed, query_gradient
 from nsa_compile.kernels.gpu.hopper import gated_end as end
 from nsa_compile.kernels.gpu.launch import LOG2_E, Intervals, KeyGeometry, add_splits, gradient_splits
 from nsa_compile.kernels.gpu.sizes import cdiv
@@ -30,12 +31,15 @@ from nsa_compile.kernels.gpu.sizes import cdiv
 # For fewer, launches take longer than kernels: descriptors are made anew for each.
 FEWEST_QUERIES = 4096
 KEYS = 128  # of a tile, and of a program that adds up gradients
-QUERIES = 64  # of a tile that passes by
+QUERIES = {64: 128, 128: 64}  # of a tile that passes by, by the larger head size
 ROWS = 64  # of a warpgroup
+LISTED_REGISTERS = 168  # of a thread that adds up lists' gradients: three programs a multiprocessor
 SLOTS = 2  # of a ring
 MOST_TURNS = 4  # of a program that ends gated attention: pairs of heads, one after the other
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HEAD_SIZES = (64, 128)
+_LISTED_HEAD_SIZE = 64  # whose tiles leave room for three programs a multiprocessor
+_MOST_OFFSET = 1 << 31  # of a number in a sequence: what 32 bits count
 _ALIGNMENT = 16  # bytes; of addresses and strides, for copies to shared memory
 
 
@@ -156,16 +160,16 @@ def flash_key_gradient(
     """Gradients of key [B, H_kv, N, D] and value [B, H_kv, N, D_v], contiguous."""
     B, H, T, D = query.shape
     H_kv, N, DV = key.shape[1], key.shape[2], value.shape[-1]
-    group, programs = H // H_kv, cdiv(N, 2 * ROWS)
+    group, programs, queries = H // H_kv, cdiv(N, 2 * ROWS), QUERIES[max(D, DV)]
     head_splits, query_splits = gradient_splits(geometry, programs * H_kv, group, T)
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, N, D), dtype=dtype)
     grad_value = key.new_empty((splits, B, H_kv, N, DV), dtype=dtype)
-    key_gradient.hopper_key_gradient[programs, B * H_kv, splits](
-        _descriptor(query, QUERIES), _descriptor(grad, QUERIES), _descriptor(key, ROWS), _descriptor(value, ROWS), lse,
+    key_gradient.hopper_key_gradient[B * H_kv, programs, splits](
+        _descriptor(query, queries), _descriptor(grad, queries), _descriptor(key, ROWS), _descriptor(value, ROWS), lse,
         delta, grad_key, grad_value, H, T, N, query_splits, scale, scale * LOG2_E,
-        HEADS=group // head_splits, WINDOW=geometry.window, BLOCK_M=QUERIES,
+        HEADS=group // head_splits, WINDOW=geometry.window, BLOCK_M=queries,
         **_constants(query, key, value, intervals, geometry),
     )  # fmt: skip
     return add_splits(grad_key, key.dtype), add_splits(grad_value, value.dtype)
@@ -209,6 +213,70 @@ def gated_end(
     )  # fmt: skip
 
 
+def handles_lists(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    partial: Tensor,
+    block_size: int,
+    is_masked: bool,
+    scale: float,
+) -> bool:
+    """Whether `listed_gradient` serves.
+
+    Args:
+        query: [B, H, T, D], last dimension contiguous, as for the other three.
+        key: [B, H_kv, S, D].
+        value: [B, H_kv, S, D_v].
+        grad: [B, H, T, D_v].
+        partial: the memory for partial gradients of queries.
+        block_size: keys of a program.
+        is_masked: queries may see a part only of them.
+        scale: factor on the logits.
+    """
+    tensors = (query, key, value, grad)
+    steps = [step * each.element_size() for each in tensors for step in each.stride()[:3]]
+    return (
+        _serves(query, key, value, Intervals(None, None, None, is_causal=True), scale)
+        and not is_masked
+        and block_size == ROWS
+        and query.shape[-1] == value.shape[-1] == _LISTED_HEAD_SIZE
+        and query.shape[1] // key.shape[1] <= ROWS
+        and max(partial.numel(), *map(_last_offset, tensors)) < _MOST_OFFSET
+        and not any(step % _ALIGNMENT for step in (*steps, *(each.data_ptr() for each in tensors)))
+    )
+
+
+def listed_gradient(
+    grid: tuple[int, int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    bounds: Tensor,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    partial: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    num_blocks: int,
+    chunk: tuple[int, int],
+    scale: float,
+    lists: dict[str, Any],
+) -> None:
+    """Adds and writes what `listed_gradient` of the folder above does, for the tokens of a chunk."""
+    B, H, T, D = query.shape
+    H_kv, S = key.shape[1], key.shape[2]
+    listed.hopper_listed_gradient[grid](
+        query, key, value, order, bounds, grad, lse, delta, partial, grad_key, grad_value,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
+        B * H_kv, H_kv, T, S, num_blocks, *chunk, scale, scale * LOG2_E,
+        GROUP=H // H_kv, D=D, num_warps=4, maxnreg=LISTED_REGISTERS, **lists,
+    )  # fmt: skip
+
+
 def _constants(
     query: Tensor, key: Tensor, value: Tensor, intervals: Intervals, geometry: KeyGeometry
 ) -> dict[str, Any]:
@@ -222,6 +290,11 @@ def _constants(
         "IS_CAUSAL": intervals.is_causal,
         "num_warps": 4,
     }
+
+
+def _last_offset(tensor: Tensor) -> int:
+    """Of a sequence's last number, counted from its first."""
+    return sum((size - 1) * step for size, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
