@@ -8,6 +8,7 @@ file, one after the other.  On a CPU a toy of the same form runs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import random
@@ -27,7 +28,7 @@ from native_training.settings import add_nsa_options, nsa_config
 from native_training.training import backend_for, compile_layers, likeliest, next_token_loss, optimizer_for, progress
 from torch import Tensor, nn
 
-from nsa_compile import NSAConfig, attach
+from nsa_compile import NSAConfig, attach, learned_parts
 
 # Finer compression than the paper's (32, 16), twice as many blocks, and keys that the branches share: in so few steps
 # the scores that choose blocks learn little retrieval otherwise.
@@ -81,6 +82,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--facts", type=int, help="facts in each sequence, each stated twice")
     parser.add_argument("--log", type=int, help="steps between two notes of the loss")
     parser.add_argument("--samples", type=int, help="questions for each length and depth")
+    parser.add_argument(
+        "--retrieve-with", type=int, nargs="*", default=[], help="n, other numbers of blocks to ask for keys with"
+    )
     parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
     parser.add_argument("--heads", type=int, help="query heads of both models")
     parser.add_argument("--key-heads", type=int, help="KV heads; the query heads of a group share a choice of blocks")
@@ -187,6 +191,12 @@ class Run:
         self._outcome.retrieved = self._retrieve()
         self._keep(self._outcome)
         yield "keys retrieved"
+        for number in self._options.retrieve_with if self._name == "NSA" else ():
+            # Nothing that was learned depends on how many blocks are selected.
+            with selecting(self._model, number):
+                self._outcome.retrieved_with[number] = self._retrieve()
+            self._keep(self._outcome)
+            yield f"keys retrieved with {number} blocks"
         # Long sequences are what sparse attention is for, and each length takes long to compile.
         for tokens in sorted(self._options.time_at, reverse=True):
             self._outcome.step_times[tokens] = self._step_time(tokens)
@@ -273,6 +283,20 @@ class Run:
             times.append((time.perf_counter() - start) * 1e3)
             self._model.zero_grad(set_to_none=True)
         return statistics.median(times[3:])
+
+
+@contextlib.contextmanager
+def selecting(model: nn.Module, number: int) -> Iterator[None]:
+    """Within the context, queries of a model with learned parts attend to `number` blocks."""
+    parts = learned_parts(model).values()
+    before = [each.config for each in parts]
+    for each in parts:
+        each.config = each.config.replace(num_selected=number)
+    try:
+        yield
+    finally:
+        for each, config in zip(parts, before, strict=True):
+            each.config = config
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:

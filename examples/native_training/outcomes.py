@@ -21,6 +21,7 @@ class Outcome:
         tokens_per_second: of training, without compilation and validation.
         memory: largest amount allocated on the GPU in training, GiB; 0 on a CPU.
         retrieved: rate of keys retrieved, for each length and depth.
+        retrieved_with: n -> the same with n blocks selected, other than in training.
         step_times: T -> median time of a training step of one sequence, ms.
     """
 
@@ -30,6 +31,7 @@ class Outcome:
     tokens_per_second: float = 0.0
     memory: float = 0.0
     retrieved: list[list[float]] = dataclasses.field(default_factory=list)
+    retrieved_with: dict[int, list[list[float]]] = dataclasses.field(default_factory=dict)
     step_times: dict[int, float] = dataclasses.field(default_factory=dict)
 
 
@@ -79,19 +81,28 @@ class OutcomeFile:
                 "compared with: give another --out, or remove the file."
             )
         for name, fields in found["outcomes"].items():
-            for numbered in ("validation", "step_times"):
-                fields[numbered] = {int(number): value for number, value in fields[numbered].items()}
+            for numbered in ("validation", "retrieved_with", "step_times"):
+                fields[numbered] = {int(number): value for number, value in fields.get(numbered, {}).items()}
             self.outcomes[name] = Outcome(**fields)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """Lays the outcomes out side by side, with a dash for what was not measured."""
     lengths = sorted({tokens for each in outcomes.values() for tokens in each.step_times})
+    others = sorted({number for each in outcomes.values() for number in each.retrieved_with})
     rows: list[tuple[str, Callable[[Outcome], float | None], str]] = [
         ("parameters, millions", lambda each: each.parameters / 1e6, ".1f"),
         ("steps of training", lambda each: max(each.validation, default=None), ",d"),
         ("loss on held-out files", lambda each: next(reversed(each.validation.values()), None), ".4f"),
-        ("keys retrieved, all depths", _rate, ".1%"),
+        ("keys retrieved, all depths", lambda each: _mean(each.retrieved), ".1%"),
+        *(
+            (
+                f"... with {number} blocks selected",
+                lambda each, number=number: _mean(each.retrieved_with.get(number)),
+                ".1%",
+            )
+            for number in others
+        ),
         ("tokens per second in training", lambda each: each.tokens_per_second or None, ",.0f"),
         ("GPU memory, GiB", lambda each: each.memory or None, ".2f"),
         *(
@@ -110,5 +121,5 @@ def table(outcomes: dict[str, Outcome]) -> str:
     return "\n".join(["", *lines])
 
 
-def _rate(outcome: Outcome) -> float | None:
-    return statistics.fmean(map(statistics.fmean, outcome.retrieved)) if outcome.retrieved else None
+def _mean(rates: list[list[float]] | None) -> float | None:
+    return statistics.fmean(map(statistics.fmean, rates)) if rates else None

@@ -164,12 +164,13 @@ def listed_gradient(
     SELECTION_BLOCK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_DENSE: tl.constexpr, MASKED: tl.constexpr, PAIRS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DENSE: tl.constexpr, MASKED: tl.constexpr, PAIRS_FIRST: tl.constexpr, IS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients that pass through one block of keys, for the (token, slot) pairs that list it; MASKED as above.
 
-    Adds to grad_key and grad_value [split, B, H_kv, S, ·] float32, the keys' without the scale; writes what the block
-    gives to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].
+    Adds to grad_key and grad_value [split, B, H_kv, S, ·] float32, the keys' without the scale, or writes them if this
+    IS_FIRST; writes what the block gives to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].
     """
     pair, place = program_block(num_pairs, PAIRS_FIRST)
     batch = pair // H_kv
@@ -178,7 +179,7 @@ def listed_gradient(
     sub = place % SUB
     chunk = token_end - token_start
     start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(1), tl.num_programs(1), SHARE)
-    if start >= end:
+    if (start >= end) & (not IS_FIRST):
         return
     columns = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
@@ -247,8 +248,11 @@ def listed_gradient(
     value_out = grad_value_ptr + row * DV + dv[None, :]
     key_mask = stored[:, None] & (d < D)[None, :]
     value_mask = stored[:, None] & (dv < DV)[None, :]
-    tl.store(key_out, tl.load(key_out, mask=key_mask, other=0.0) + grad_key, mask=key_mask)
-    tl.store(value_out, tl.load(value_out, mask=value_mask, other=0.0) + grad_value, mask=value_mask)
+    if not IS_FIRST:
+        grad_key += tl.load(key_out, mask=key_mask, other=0.0)
+        grad_value += tl.load(value_out, mask=value_mask, other=0.0)
+    tl.store(key_out, grad_key, mask=key_mask)
+    tl.store(value_out, grad_value, mask=value_mask)
 
 
 @triton.jit

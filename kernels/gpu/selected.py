@@ -274,18 +274,19 @@ def listed_backward(
     block_size, sub = _sub_block(geometry.selection_block)
     num_blocks = cdiv(S, geometry.selection_block)
     constants = launch.head_constants(query, key, value)
+    chunks = _chunks(query, D, slots * sub, BACKWARD_PARTIAL_BYTES)
+    longest = chunks[0][1] if chunks else 0
+    has_entries = B * S * longest * n > 0
     # Blocks differ in how many tokens list them: with few blocks, each is split into shares, which are added in a fixed
     # order afterwards.  Not by the batch, or a sequence's gradients would depend on the others.
     splits = max(1, min(MOST_SPLITS, launch.MANY_PROGRAMS // max(1, num_blocks * sub * H_kv)))
-    grad_key = torch.zeros((splits, B, H_kv, S, D), dtype=torch.float32, device=key.device)
-    grad_value = torch.zeros((splits, B, H_kv, S, DV), dtype=torch.float32, device=key.device)
+    make = torch.empty if has_entries else torch.zeros
+    grad_key = make((splits, B, H_kv, S, D), dtype=torch.float32, device=key.device)
+    grad_value = make((splits, B, H_kv, S, DV), dtype=torch.float32, device=key.device)
     if not geometry.empty:
         launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
-    chunks = _chunks(query, D, slots * sub, BACKWARD_PARTIAL_BYTES)
-    longest = chunks[0][1] if chunks else 0
     partial = query.new_empty(B * longest * slots * sub * H * D)
-    has_entries = B * S * longest * n > 0
     inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries else None
     is_masked = _cuts_blocks(geometry, intervals)
     hopper = ranges.hopper(query.device.type)
@@ -293,8 +294,16 @@ def listed_backward(
         hopper = None
     for index, (start, end) in enumerate(chunks):
         if inverted is not None:
-            grid = (_seen_blocks(intervals, geometry, end) * sub * B * H_kv, splits)
-            lists = {"SHARE": SHARE, "SUB": sub, "SLOTS": slots, "PAIRS_FIRST": grid[0] <= BACKWARD_PAIRS_FIRST}
+            # The first chunk writes the gradients of all keys, others add to those that they see.
+            blocks = num_blocks if index == 0 else _seen_blocks(intervals, geometry, end)
+            grid = (blocks * sub * B * H_kv, splits)
+            lists = {
+                "SHARE": SHARE,
+                "SUB": sub,
+                "SLOTS": slots,
+                "PAIRS_FIRST": grid[0] <= BACKWARD_PAIRS_FIRST,
+                "IS_FIRST": index == 0,
+            }
             if hopper is not None:
                 hopper.listed_gradient(
                     grid, query, key, value, inverted.order, inverted.bounds[index], grad, lse, delta, partial,

@@ -134,7 +134,7 @@ def test_train_from_scratch_keeps_each_stage_of_a_run_that_is_stopped(
 
 
 def test_train_from_scratch_asks_for_keys_with_the_graph_of_validation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = load("train_from_scratch")
     backend_for, compiled = example.backend_for, []
@@ -143,14 +143,18 @@ def test_train_from_scratch_asks_for_keys_with_the_graph_of_validation(
         backend = backend_for(*arguments)
 
         def count(graph_module: torch.fx.GraphModule, inputs: Any) -> Any:
-            compiled.append(inputs)
-            return backend(graph_module, inputs)
+            function = backend(graph_module, inputs)
+            nodes = [node for node in graph_module.graph.nodes if node.target is torch.ops.nsa.attention.default]
+            compiled.append(*(node.kwargs["num_selected"] for node in nodes))
+            return function
 
         return count
 
     monkeypatch.setattr(example, "backend_for", counting_backend_for)
-    from_scratch(tmp_path, "--steps", "2", "--time-at", "--only", "NSA")
-    assert len(compiled) == 2
+    outcomes = from_scratch(tmp_path, "--steps", "2", "--time-at", "--only", "NSA", "--retrieve-with", "4", "16")
+    assert compiled == [6, 6, 4, 16]  # the toy's n in training and in validation
+    assert {number: len(rates) for number, rates in outcomes["NSA"].retrieved_with.items()} == {4: 4, 16: 4}
+    assert "16 blocks selected" in capsys.readouterr().out
 
 
 def test_what_follows_a_question_does_not_change_what_is_predicted() -> None:

@@ -154,7 +154,7 @@ def test_gradients_through_lists_overlap_their_products_three_programs_a_multipr
     rows = torch.empty(1, 1024, heads, 64, dtype=dtype).transpose(1, 2)
     keys = torch.empty(1, 1024, 2, 64, dtype=dtype).transpose(1, 2)
     numbers, sums = torch.empty(1, 2, 1024, dtype=torch.int32), torch.empty(1, 1, 2, 1024, 64)
-    lists = {"SHARE": 64, "SUB": 1, "SLOTS": 13, "PAIRS_FIRST": True}
+    lists = {"SHARE": 64, "SUB": 1, "SLOTS": 13, "PAIRS_FIRST": True, "IS_FIRST": True}
     arguments = (rows, keys, keys, numbers, numbers[0], rows, sums[0, 0], sums[0, 0], rows, sums, sums)
     with compiler.compile_only(90) as compiled:
         hopper.listed_gradient((32, 1), *arguments, 16, (0, 1024), 0.125, lists)

@@ -98,7 +98,7 @@ def hopper_listed_gradient(
     stride_gb, stride_gh, stride_gt,
     num_pairs, H_kv, T, S, num_blocks, token_start, token_end, scale, scale_log2,
     GROUP: gl.constexpr, SHARE: gl.constexpr, SUB: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
-    PAIRS_FIRST: gl.constexpr,
+    PAIRS_FIRST: gl.constexpr, IS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """Gradients that pass through ROWS keys, for the (token, slot) pairs that list their block; all see all of them.
 
@@ -121,7 +121,16 @@ def hopper_listed_gradient(
     block = place // SUB
     sub = place % SUB
     start, end = block_entries(bounds_ptr, pair, block, num_blocks, gl.program_id(1), gl.num_programs(1), SHARE)
+    key_start = (block * SUB + sub) * ROWS
+    first_row = (gl.program_id(1).to(gl.int64) * num_pairs + pair) * S + key_start
+    grad_key_ptr += first_row * D
+    grad_value_ptr += first_row * D
+    grad_key = gl.zeros([ROWS, D], gl.float32, WIDE)
+    grad_value = gl.zeros([ROWS, D], gl.float32, WIDE)
     if start >= end:
+        if IS_FIRST:
+            add_rows(grad_key_ptr, grad_key, S - key_start, D, IS_FIRST)
+            add_rows(grad_value_ptr, grad_value, S - key_start, D, IS_FIRST)
         return
     H = H_kv * GROUP
     first_head = kv_head * GROUP
@@ -132,7 +141,6 @@ def hopper_listed_gradient(
     lse_ptr += (batch * H + first_head) * T
     delta_ptr += (batch * H + first_head) * T
     partial_ptr += ((batch * (token_end - token_start) * SLOTS * SUB + sub) * H + first_head) * D
-    key_start = (block * SUB + sub) * ROWS
     key = gl.allocate_shared_memory(dtype, [ROWS, D], tile_layout)
     value = gl.allocate_shared_memory(dtype, [ROWS, D], tile_layout)
     order = gl.allocate_shared_memory(gl.int32, [PLACES, ROWS], LINES)
@@ -156,8 +164,6 @@ def hopper_listed_gradient(
     first_shift = gl.log2(scale) / scale_log2
     lse_factor = 1.4426950408889634 / scale_log2
     none = gl.zeros([ROWS, D], gl.float32, WIDE)
-    grad_key = gl.zeros([ROWS, D], gl.float32, WIDE)
-    grad_value = gl.zeros([ROWS, D], gl.float32, WIDE)
     for step in range((end - start + ROWS // GROUP - 1) // (ROWS // GROUP)):
         slot = step % 2
         following = 1 - slot
@@ -200,15 +206,17 @@ def hopper_listed_gradient(
         store_partial(partial_ptr, grad_query, places, used, H, SUB, GROUP, D, LOAD)
 
     async_copy.wait_group(0)
-    first_row = (gl.program_id(1).to(gl.int64) * num_pairs + pair) * S + key_start
-    add_rows(grad_key_ptr + first_row * D, grad_key / scale, D)
-    add_rows(grad_value_ptr + first_row * D, grad_value / scale, D)
+    add_rows(grad_key_ptr, grad_key / scale, S - key_start, D, IS_FIRST)
+    add_rows(grad_value_ptr, grad_value / scale, S - key_start, D, IS_FIRST)
 
 
 @gluon.jit
-def add_rows(pointer, tile, D: gl.constexpr):
-    """Adds ROWS rows to a contiguous float32 [·, D]."""
+def add_rows(pointer, tile, count, D: gl.constexpr, IS_FIRST: gl.constexpr):
+    """Adds the first `count` of ROWS rows to a contiguous float32 [·, D], or writes them if they are the first."""
     STORE: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
     pointers = pointer + rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, STORE))[None, :]
-    gl.store(pointers, gl.load(pointers) + gl.convert_layout(tile, STORE))
+    total = gl.convert_layout(tile, STORE)
+    if not IS_FIRST:
+        total += gl.load(pointers, mask=(rows < count)[:, None], other=0.0)
+    gl.store(pointers, total, mask=(rows < count)[:, None])
