@@ -16,7 +16,7 @@ from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 LOG2_E = math.log2(math.e)
 MANY_PROGRAMS = 1024  # of a kernel whose programs differ in work: enough that all multiprocessors end together
 QUERIES_OF_A_SPLIT = 2048  # a share of fewer queries is not worth a gradient buffer of its own
-QUERIES_OF_AN_INITIAL_SPLIT = 512  # likewise, for the buffer of the initial blocks
+QUERIES_OF_AN_INITIAL_SPLIT = 512  # likewise, for the small buffer of the initial blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,9 +259,7 @@ def flash_key_gradient(
     programs = max(1, tiles * H_kv)
     head_splits = query_splits = 1
     if base is None:
-        head_splits, query_splits = gradient_splits(geometry, programs, group, T)
-    if initial_only:  # so few keys that a share's buffer is small
-        query_splits = max(1, min(64, T // QUERIES_OF_AN_INITIAL_SPLIT))
+        head_splits, query_splits = gradient_splits(geometry, programs, group, T, initial_only=initial_only)
     splits = head_splits * query_splits
     dtype = torch.float32 if splits > 1 or initial_only else key.dtype
     grad_key = key.new_empty((splits, B, H_kv, limit, D), dtype=dtype)
@@ -289,16 +287,19 @@ def add_splits(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return parts[0] if len(parts) == 1 else parts.sum(0).to(dtype)
 
 
-def gradient_splits(geometry: KeyGeometry, programs: int, group: int, num_queries: int) -> tuple[int, int]:
+def gradient_splits(
+    geometry: KeyGeometry, programs: int, group: int, num_queries: int, *, initial_only: bool = False
+) -> tuple[int, int]:
     """Into how many parts the sum for keys' gradients is split over the G heads of a group, and over T queries.
 
     Few tiles of keys (compressed tokens, initial blocks) leave the device idle; the parts are added in a fixed order
     afterwards.  `programs` are those of a sequence, not of a batch, or its gradients would depend on the others.
     """
     head_splits = group if programs < MANY_PROGRAMS else 1
-    if geometry.is_cut:  # few queries see a key
+    if geometry.is_cut and not initial_only:  # few queries see a key
         return head_splits, 1
-    return head_splits, max(1, min(MANY_PROGRAMS // (programs * head_splits), num_queries // QUERIES_OF_A_SPLIT))
+    fewest = QUERIES_OF_AN_INITIAL_SPLIT if initial_only else QUERIES_OF_A_SPLIT
+    return head_splits, max(1, min(MANY_PROGRAMS // (programs * head_splits), num_queries // fewest))
 
 
 def _query_ranges(

@@ -78,6 +78,7 @@ def run(
     selected.FORWARD_PAIRS_FIRST = selected.BACKWARD_PAIRS_FIRST = 0 if limit == 1 else 4096
     # Few enough shares that each has something to do.
     launch.QUERIES_OF_A_SPLIT, selected.MOST_SPLITS, selected.SHARE = (20, 3, 4) if limit == 1 else (2048, 8, 64)
+    launch.QUERIES_OF_AN_INITIAL_SPLIT = 20 if limit == 1 else 512
     query = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2)
     key, value = (torch.randn(B, S, H_kv, size, dtype=dtype).transpose(1, 2) for size in (D, DV))
     scale, compression = D**-0.5 if scale is None else scale, SIZES["compression"]
