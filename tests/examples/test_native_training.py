@@ -102,9 +102,9 @@ def test_train_from_scratch_takes_other_sizes() -> None:
     pytest.importorskip("tokenizers")
     example = load("train_from_scratch")
     gpu = ["--device", "cuda"]  # the toy's blocks are too small for it
-    given = ["--block-length", "32", "--block-stride", "16", "--branch-kv", "independent"]
+    given = ["--block-length", "32", "--block-stride", "16", "--window", "256", "--branch-kv", "independent"]
     config = example.parse([*gpu, *given]).config
-    assert (config.block_length, config.block_stride, config.branch_kv) == (32, 16, "independent")
+    assert (config.block_length, config.block_stride, config.window, config.branch_kv) == (32, 16, 256, "independent")
     config = example.parse([*gpu, "--block-length", "8"]).config
     assert (config.block_length, config.block_stride, config.branch_kv) == (8, 8, "shared")
     options = example.parse([*gpu, "--num-selected", "16", "--key-heads", "4", "--head-size", "128", "--eager"])
