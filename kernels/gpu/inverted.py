@@ -1,6 +1,6 @@
 """Inverts lists of blocks: for each block, in token order, the (token, slot) pairs that name it.
 
-A counting sort, stable and without atomics: three launches for all chunks of tokens together, none of which waits for
+A counting sort, stable and without atomics: four launches for all chunks of tokens together, none of which waits for
 the host.  Entries go in tiles.  A tile counts its entries of each block, and each entry's rank among them; the counts,
 summed over earlier blocks and tiles, say where a tile's entries of a block start; start and rank are an entry's place.
 """
@@ -18,6 +18,7 @@ from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 TILE = 1024  # list entries that are counted together, or more:
 MOST_TILES = 256  # of a chunk, which one program sums
+STEP = 64  # list entries that are compared with each other: more cost comparisons, fewer cost waiting
 COUNT_BYTES = 1 << 25  # of the counts, unless those of one tile a chunk take more
 
 
@@ -119,34 +120,39 @@ def rank_entries(
 
 
 @triton.jit
-def start_blocks(
+def start_tiles(
     counts_ptr, bounds_ptr, num_blocks, tiles, TILES: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Turns one chunk's counts [tile, N_blk] into where a tile's entries of a block start; writes bounds [N_blk + 1].
+    """Turns WIDTH blocks' counts [tile, N_blk] of one chunk into where, among a block's entries, a tile's start.
 
-    A program takes WIDTH blocks at a time, and all tiles (TILES, a power of two).
+    Writes how many entries each block has to bounds [N_blk + 1].  TILES, a power of two, is at least `tiles`.
     """
     row = tl.program_id(0).to(tl.int64)
-    counts = counts_ptr + row * tiles * num_blocks
-    bounds = bounds_ptr + row * bounds_width(num_blocks)
     tile = tl.arange(0, TILES)
+    blocks = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    target = counts_ptr + (row * tiles + tile[:, None]) * num_blocks + blocks[None, :]
+    mask = (tile < tiles)[:, None] & (blocks < num_blocks)[None, :]
+    count = tl.load(target, mask=mask, other=0)
+    tl.store(target, tl.cumsum(count, 0) - count, mask=mask)
+    tl.store(bounds_ptr + row * bounds_width(num_blocks) + blocks, tl.sum(count, 0), mask=blocks < num_blocks)
+
+
+@triton.jit
+def start_blocks(bounds_ptr, num_blocks, WIDTH: tl.constexpr):
+    """Turns how many entries each block of a chunk has into where they start, and where the last block's end."""
+    bounds = bounds_ptr + tl.program_id(0).to(tl.int64) * bounds_width(num_blocks)
     placed = 0
     for block_start in range(0, num_blocks + 1, WIDTH):
         blocks = block_start + tl.arange(0, WIDTH)
-        target = counts + tile[:, None] * num_blocks + blocks[None, :]
-        mask = (tile < tiles)[:, None] & (blocks < num_blocks)[None, :]
-        count = tl.load(target, mask=mask, other=0)
-        total = tl.sum(count, 0)
-        start = placed + tl.cumsum(total, 0) - total
-        tl.store(bounds + blocks, start, mask=blocks <= num_blocks)
-        tl.store(target, start[None, :] + tl.cumsum(count, 0) - count, mask=mask)
-        placed += tl.sum(total, 0)
+        count = tl.load(bounds + blocks, mask=blocks < num_blocks, other=0)
+        tl.store(bounds + blocks, placed + tl.cumsum(count, 0) - count, mask=blocks <= num_blocks)
+        placed += tl.sum(count, 0)
 
 
 @triton.jit
 def order_entries(
-    blocks_ptr, ranks_ptr, starts_ptr, order_ptr, num_entries, num_blocks, chunk_entries, tile_entries, tiles,
-    NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
+    blocks_ptr, ranks_ptr, starts_ptr, bounds_ptr, order_ptr, num_entries, num_blocks, chunk_entries, tile_entries,
+    tiles, NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the place of each entry that has a rank to where it belongs in order [B, H_kv, T·SLOTS], by chunks."""
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -157,8 +163,10 @@ def order_entries(
     block = tl.load(blocks_ptr + row + entries, mask=used, other=0)
     chunk = entries // chunk_entries
     chunk_start = chunk * chunk_entries
-    tile = (chunk.to(tl.int64) * tl.num_programs(1) + pair) * tiles + (entries - chunk_start) // tile_entries
-    start = tl.load(starts_ptr + tile * num_blocks + block, mask=used, other=0)
+    chunk_row = chunk.to(tl.int64) * tl.num_programs(1) + pair
+    tile = chunk_row * tiles + (entries - chunk_start) // tile_entries
+    start = tl.load(bounds_ptr + chunk_row * bounds_width(num_blocks) + block, mask=used, other=0)
+    start += tl.load(starts_ptr + tile * num_blocks + block, mask=used, other=0)
     row = (row + chunk_start) // NUM_LISTED * SLOTS
     place = entries // NUM_LISTED * SLOTS + entries % NUM_LISTED - FIRST_SLOT
     tl.store(order_ptr + row + start + rank, place, mask=used)
@@ -193,20 +201,21 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
     order = block_indices.new_empty((pairs, T * constants["SLOTS"]))
     bounds = block_indices.new_empty((chunks, pairs, (num_blocks // 4 + 1) * 4))
     first, last, _ = intervals.pointers(block_indices)
-    # Steps of 64 entries are compared with each other: longer ones cost more comparisons, shorter ones more waiting.
     rank_entries[(chunks * tiles, pairs)](
         block_indices, first, last, counts, ranks, T, geometry.num_tokens, num_blocks, H_kv, geometry.window,
         geometry.local_blocks, geometry.initial, chunk_entries, tile, tiles, IS_CAUSAL=intervals.is_causal,
         HAS_INTERVAL=intervals.first is not None, HAS_DENSE=not geometry.empty,
-        SELECTION_BLOCK=geometry.selection_block, **constants, STEP=64, num_warps=2, num_stages=1,
+        SELECTION_BLOCK=geometry.selection_block, **constants, STEP=STEP, num_warps=2, num_stages=1,
     )  # fmt: skip
     padded = next_power_of_2(tiles)
-    start_blocks[(chunks * pairs,)](
-        counts, bounds, num_blocks, tiles, TILES=padded, WIDTH=min(1024, 8192 // padded), num_warps=8
+    width = min(16, next_power_of_2(num_blocks))
+    start_tiles[(chunks * pairs, cdiv(num_blocks, width))](
+        counts, bounds, num_blocks, tiles, TILES=padded, WIDTH=width, num_warps=4
     )  # fmt: skip
+    start_blocks[(chunks * pairs,)](bounds, num_blocks, WIDTH=1024, num_warps=4)
     size = 1024
     order_entries[(cdiv(entries, size), pairs)](
-        block_indices, ranks, counts, order, entries, num_blocks, chunk_entries, tile, tiles, **constants, BLOCK=size,
-        num_warps=4,
+        block_indices, ranks, counts, bounds, order, entries, num_blocks, chunk_entries, tile, tiles, **constants,
+        BLOCK=size, num_warps=4,
     )  # fmt: skip
     return InvertedLists(order, bounds)

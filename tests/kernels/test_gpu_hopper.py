@@ -143,14 +143,17 @@ def test_whole_operator_repeats_under_a_cuda_graph_and_ignores_the_batch(combine
     assert torch.equal(replayed[0], alone[0])
 
 
-# B, H, H_kv, T, l', n, initial and local blocks, dtype
+# B, H, H_kv, T, D, l', n, initial and local blocks, dtype
 LISTS = {
-    "pairs_of_heads": (2, 8, 4, 1500, 64, 12, 1, 2, torch.bfloat16),
-    "three_heads": (1, 9, 3, 1111, 64, 9, 1, 2, torch.bfloat16),
-    "multi_head": (1, 4, 4, 900, 64, 8, 0, 1, torch.float16),
-    "one_group": (1, 64, 1, 700, 64, 6, 1, 2, torch.bfloat16),
-    "long_blocks": (1, 8, 2, 2000, 128, 6, 1, 2, torch.float16),
-    "everything_listed": (1, 4, 2, 640, 64, 32, 2, 3, torch.bfloat16),
+    "pairs_of_heads": (2, 8, 4, 1500, 64, 64, 12, 1, 2, torch.bfloat16),
+    "three_heads": (1, 9, 3, 1111, 64, 64, 9, 1, 2, torch.bfloat16),
+    "multi_head": (1, 4, 4, 900, 64, 64, 8, 0, 1, torch.float16),
+    "one_group": (1, 64, 1, 700, 64, 64, 6, 1, 2, torch.bfloat16),
+    "long_blocks": (1, 8, 2, 2000, 64, 128, 6, 1, 2, torch.float16),
+    "everything_listed": (1, 4, 2, 640, 64, 64, 32, 2, 3, torch.bfloat16),
+    "wide_heads": (2, 16, 2, 1500, 128, 64, 12, 1, 2, torch.bfloat16),
+    "wide_heads_in_threes": (1, 6, 2, 1111, 128, 64, 9, 1, 2, torch.float16),
+    "wide_heads_alone": (1, 2, 2, 900, 128, 128, 5, 0, 1, torch.bfloat16),
 }
 
 
@@ -161,12 +164,12 @@ def test_gradients_through_lists_equal_reference(
 ) -> None:
     from nsa_compile.kernels.gpu import selected
 
-    B, H, H_kv, T, block, n, num_initial, num_local, dtype = case
+    B, H, H_kv, T, D, block, n, num_initial, num_local, dtype = case
     if chunks == "several_chunks":
         monkeypatch.setattr(selected, "BACKWARD_PARTIAL_BYTES", 1 << 20)
         monkeypatch.setattr(selected, "BACKWARD_PAIRS_FIRST", 0)
-    query = torch.randn(B, T, H, 64, device="cuda", dtype=dtype).transpose(1, 2)
-    key, value = in_poison(B, H_kv, T, 64, dtype=dtype), in_poison(B, H_kv, T, 64, dtype=dtype)
+    query = torch.randn(B, T, H, D, device="cuda", dtype=dtype).transpose(1, 2)
+    key, value = in_poison(B, H_kv, T, D, dtype=dtype), in_poison(B, H_kv, T, D, dtype=dtype)
     compression, forced = {"block_length": 16, "block_stride": 16}, {"num_initial": num_initial, "num_local": num_local}
     lists = reference.select_blocks(
         query, reference.compress_mean(key, **compression), num_keys=T, **compression, selection_block=block,
@@ -174,7 +177,7 @@ def test_gradients_through_lists_equal_reference(
     )  # fmt: skip
     double = [each.double().requires_grad_() for each in (query, key, value)]
     expected, expected_lse = reference.selected_attention(*double, lists, selection_block=block, scale=0.125)
-    grad = in_poison(B, H, T, 64, dtype=dtype)
+    grad = in_poison(B, H, T, D, dtype=dtype)
     wanted = torch.autograd.grad(expected, double, grad.double())
     delta = (expected.detach() * grad.double()).sum(-1).float()
     used = count_launches(hopper, monkeypatch)
@@ -195,7 +198,7 @@ def test_gradients_through_lists_equal_reference(
     assert all(torch.equal(one[-1:], other) for one, other in zip(given, alone, strict=True))
     # Rows that no copy of 16 bytes could take go through Triton's kernel, the same function.
     used.clear()
-    odd = torch.empty(B, H, T, 65, device="cuda", dtype=dtype)[..., 1:].copy_(grad)
+    odd = torch.empty(B, H, T, D + 1, device="cuda", dtype=dtype)[..., 1:].copy_(grad)
     for gradient, each in zip(gradients(grad=odd), wanted, strict=True):
         assert relative_error(gradient, each) < 1.5 * BUDGET[dtype]
     assert used["listed_gradient"] == 0

@@ -33,12 +33,11 @@ FEWEST_QUERIES = 4096
 KEYS = 128  # of a tile, and of a program that adds up gradients
 QUERIES = {64: 128, 128: 64}  # of a tile that passes by, by the larger head size
 ROWS = 64  # of a warpgroup
-LISTED_REGISTERS = 168  # of a thread that adds up lists' gradients: three programs a multiprocessor
+LISTED_REGISTERS = {64: 168, 128: 255}  # of a thread that adds up lists' gradients, by head size: 3 and 2 programs
 SLOTS = 2  # of a ring
 MOST_TURNS = 4  # of a program that ends gated attention: pairs of heads, one after the other
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _HEAD_SIZES = (64, 128)
-_LISTED_HEAD_SIZE = 64  # whose tiles leave room for three programs a multiprocessor
 _MOST_OFFSET = 1 << 31  # of a number in a sequence: what 32 bits count
 _ALIGNMENT = 16  # bytes; of addresses and strides, for copies to shared memory
 
@@ -241,7 +240,7 @@ def handles_lists(
         _serves(query, key, value, Intervals(None, None, None, is_causal=True), scale)
         and not is_masked
         and block_size == ROWS
-        and query.shape[-1] == value.shape[-1] == _LISTED_HEAD_SIZE
+        and query.shape[-1] == value.shape[-1]
         and query.shape[1] // key.shape[1] <= ROWS
         and max(partial.numel(), *map(_last_offset, tensors)) < _MOST_OFFSET
         and not any(step % _ALIGNMENT for step in (*steps, *(each.data_ptr() for each in tensors)))
@@ -273,7 +272,7 @@ def listed_gradient(
         query, key, value, order, bounds, grad, lse, delta, partial, grad_key, grad_value,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
         B * H_kv, H_kv, T, S, num_blocks, *chunk, scale, scale * LOG2_E,
-        GROUP=H // H_kv, D=D, num_warps=4, maxnreg=LISTED_REGISTERS, **lists,
+        GROUP=H // H_kv, D=D, num_warps=4, maxnreg=LISTED_REGISTERS[D], **lists,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Gradients of attention to listed blocks, block by block, as in the folder above (listed.py), for whole blocks.
 
-A program is one warpgroup, and three share a multiprocessor: while one waits for rows, or computes exponentials, the
-others' matrix products run.  Rows are (list entry, head of the group); those of the next step are on their way into
-shared memory while this one computes, as are the list entries of the step after it.
+A program is one warpgroup, and three share a multiprocessor, two with heads of 128: while one waits for rows, or
+computes exponentials, the others' matrix products run.  Rows are (list entry, head of the group); those of the next
+step are on their way into shared memory while this one computes, as are the list entries of the step after it.
 """
 
 import triton.experimental.gluon.language as gl
@@ -22,6 +22,7 @@ PLACES = gl.constexpr(3)
 
 # Triton 3.6 has one name, later ones the other.
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
@@ -61,15 +62,19 @@ def copy_keys(target, pointer, key_start, stride, D: gl.constexpr, LOAD: gl.cons
 
 @gluon.jit
 def store_partial(
-    pointer, tile, places, used, H, SUB: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, LOAD: gl.constexpr
+    pointer, tile, memory, places, used, H, SUB: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    LOAD: gl.constexpr,
 ):  # fmt: skip
-    """Stores the rows of list entries to a partial [token, slot·SUB, H, D], of which `pointer` is the first row."""
+    """Stores the rows of list entries to a partial [token, slot·SUB, H, D], of which `pointer` is the first row.
+
+    By way of shared `memory`, which products of all warps have read, so that whole rows are written.
+    """
+    barrier()
+    memory.store(tile.to(pointer.dtype.element_ty))
     heads = gl.arange(0, ROWS, gl.SliceLayout(1, LOAD)) % GROUP
     row = places * (SUB * H) + heads
     pointers = pointer + row[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, LOAD))[None, :]
-    gl.store(
-        pointers, gl.convert_layout(tile.to(pointer.dtype.element_ty), LOAD), mask=used[:, None], cache_modifier=".cs"
-    )
+    gl.store(pointers, memory.load(LOAD), mask=used[:, None], cache_modifier=".cs")
 
 
 @gluon.jit
@@ -203,7 +208,7 @@ def hopper_listed_gradient(
         )
         used = used_rows(start, end, step, GROUP, LOADED)
         places = order.index(step % PLACES).load(LOADED) - first_entry
-        store_partial(partial_ptr, grad_query, places, used, H, SUB, GROUP, D, LOAD)
+        store_partial(partial_ptr, grad_query, query, places, used, H, SUB, GROUP, D, LOAD)
 
     async_copy.wait_group(0)
     add_rows(grad_key_ptr, grad_key / scale, S - key_start, D, IS_FIRST)
