@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsa_compile.kernels.gpu.flash import EMPTY_LOW, key_range, token_interval
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
+from nsa_compile.kernels.gpu.shares import bounds_width, share_size
 from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 TILE = 1024  # list entries that are counted together, or more:
@@ -39,43 +40,6 @@ def routed(block, low, initial, SELECTION_BLOCK: tl.constexpr):
     """Whether a listed block holds keys of its own: after the initial keys and before the contiguous range."""
     start = block * SELECTION_BLOCK
     return (block >= 0) & (start >= initial) & (start < low)
-
-
-@triton.jit
-def bounds_width(num_blocks):
-    """Numbers in a row of bounds: a multiple of four, so that a chunk's bounds are aligned as the first chunk's are."""
-    return (num_blocks // 4 + 1) * 4
-
-
-@triton.jit
-def program_block(num_pairs, PAIRS_FIRST: tl.constexpr):
-    """Which (sequence, KV head) a program handles, and which block, of as many of each as there are programs.
-
-    With PAIRS_FIRST in the order of blocks: the first are listed most, so that no long program starts late.
-    """
-    number = tl.program_id(0)
-    if PAIRS_FIRST:
-        pair = number % num_pairs
-        block = number // num_pairs
-    else:
-        blocks = tl.num_programs(0) // num_pairs
-        pair = number // blocks
-        block = number % blocks
-    return pair, block
-
-
-@triton.jit
-def block_entries(bounds_ptr, pair, block, num_blocks, split, splits, SMALLEST: tl.constexpr):
-    """Where one of `splits` shares of a block's entries starts and ends, in the order of a chunk's entries of one pair.
-
-    Shares are equal, multiples of SMALLEST: a block with few entries has fewer shares, and the others are empty.
-    """
-    bounds = bounds_ptr + pair.to(tl.int64) * bounds_width(num_blocks) + block
-    start = tl.load(bounds)
-    end = tl.load(bounds + 1)
-    share = tl.cdiv(tl.cdiv(end - start, splits), SMALLEST) * SMALLEST
-    start = tl.minimum(start + split * share, end)
-    return start, tl.minimum(start + share, end)
 
 
 @triton.jit
@@ -138,15 +102,22 @@ def start_tiles(
 
 
 @triton.jit
-def start_blocks(bounds_ptr, num_blocks, WIDTH: tl.constexpr):
-    """Turns how many entries each block of a chunk has into where they start, and where the last block's end."""
-    bounds = bounds_ptr + tl.program_id(0).to(tl.int64) * bounds_width(num_blocks)
+def start_blocks(bounds_ptr, further_ptr, num_blocks, share, WIDTH: tl.constexpr):
+    """Turns how many entries each block of a chunk has into where they start, and where the last block's end.
+
+    Writes the same of further shares of `share` entries, beside each block's first.
+    """
+    row = tl.program_id(0).to(tl.int64) * bounds_width(num_blocks)
     placed = 0
+    shared = 0
     for block_start in range(0, num_blocks + 1, WIDTH):
         blocks = block_start + tl.arange(0, WIDTH)
-        count = tl.load(bounds + blocks, mask=blocks < num_blocks, other=0)
-        tl.store(bounds + blocks, placed + tl.cumsum(count, 0) - count, mask=blocks <= num_blocks)
+        count = tl.load(bounds_ptr + row + blocks, mask=blocks < num_blocks, other=0)
+        further = tl.maximum(tl.cdiv(count, share) - 1, 0)
+        tl.store(bounds_ptr + row + blocks, placed + tl.cumsum(count, 0) - count, mask=blocks <= num_blocks)
+        tl.store(further_ptr + row + blocks, shared + tl.cumsum(further, 0) - further, mask=blocks <= num_blocks)
         placed += tl.sum(count, 0)
+        shared += tl.sum(further, 0)
 
 
 @triton.jit
@@ -180,10 +151,20 @@ class InvertedLists(NamedTuple):
             [token, slot] of its entries that are used, block after block.  What follows them is not written.
         bounds: [chunks, B·H_kv, N_blk + 1 or more] int32; where a block's entries start, counted from the chunk's
             first.
+        further: likewise, how many further shares of entries the blocks before have (shares.py).
+        share: entries of a share.
+        most_further: further shares that the blocks of a chunk have at most, for each of B·H_kv.
     """
 
     order: Tensor
     bounds: Tensor
+    further: Tensor
+    share: int
+    most_further: int
+
+    def chunk(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns order, and bounds and further of a chunk."""
+        return self.order, self.bounds[index], self.further[index]
 
 
 def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeometry, chunk: int) -> InvertedLists:
@@ -199,7 +180,9 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
     ranks = block_indices.new_empty((pairs, entries))
     constants = geometry.list_constants(n)
     order = block_indices.new_empty((pairs, T * constants["SLOTS"]))
-    bounds = block_indices.new_empty((chunks, pairs, (num_blocks // 4 + 1) * 4))
+    bounds, further = block_indices.new_empty((2, chunks, pairs, (num_blocks // 4 + 1) * 4))
+    used = chunk * constants["SLOTS"]
+    share = share_size(H_kv * used)
     first, last, _ = intervals.pointers(block_indices)
     rank_entries[(chunks * tiles, pairs)](
         block_indices, first, last, counts, ranks, T, geometry.num_tokens, num_blocks, H_kv, geometry.window,
@@ -212,10 +195,10 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
     start_tiles[(chunks * pairs, cdiv(num_blocks, width))](
         counts, bounds, num_blocks, tiles, TILES=padded, WIDTH=width, num_warps=4
     )  # fmt: skip
-    start_blocks[(chunks * pairs,)](bounds, num_blocks, WIDTH=1024, num_warps=4)
+    start_blocks[(chunks * pairs,)](bounds, further, num_blocks, share, WIDTH=1024, num_warps=4)
     size = 1024
     order_entries[(cdiv(entries, size), pairs)](
         block_indices, ranks, counts, bounds, order, entries, num_blocks, chunk_entries, tile, tiles, **constants,
         BLOCK=size, num_warps=4,
     )  # fmt: skip
-    return InvertedLists(order, bounds)
+    return InvertedLists(order, bounds, further, share, used // share)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from nsa_compile.kernels.gpu.flash import load_tile, sum_by_gates, token_interval
-from nsa_compile.kernels.gpu.inverted import block_entries, dense_start, program_block, routed
+from nsa_compile.kernels.gpu.inverted import dense_start, routed
+from nsa_compile.kernels.gpu.shares import gradient_row, place_entries, program_place
 
 
 @triton.jit
@@ -52,11 +53,12 @@ def load_entries(pointer, heads, tokens, used, stride_h, stride_t, columns, COLU
 
 @triton.jit
 def attend_listed(
-    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, blocks_ptr, order_ptr, bounds_ptr,
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, blocks_ptr, order_ptr, bounds_ptr, further_ptr,
     partial_ptr, partial_lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    num_pairs, H_kv, T, S, num_blocks, window, local_blocks, initial, token_start, token_end, scale_log2,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHARE: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
+    num_pairs, H_kv, T, S, num_blocks, share, most_further, window, local_blocks, initial, token_start, token_end,
+    scale_log2,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr, NUM_LISTED: tl.constexpr, FIRST_SLOT: tl.constexpr, SLOTS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -68,7 +70,7 @@ def attend_listed(
     Writes partial [B, token, slot·SUB + sub, H, DV].  DIRECT: the program's block is that of one pair, without an
     inverted list, for few tokens (decoding).  Not MASKED: every pair sees all BLOCK_S keys.
     """
-    pair, place = program_block(num_pairs, PAIRS_FIRST)
+    pair, place = program_place(num_pairs, PAIRS_FIRST)
     batch = pair // H_kv
     kv_head = pair % H_kv
     sub = place % SUB
@@ -86,8 +88,9 @@ def attend_listed(
         if not routed(block, entry_low, initial, SELECTION_BLOCK):
             return
     else:
-        block = place // SUB
-        start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(1), tl.num_programs(1), SHARE)
+        block, start, end = place_entries(
+            bounds_ptr, further_ptr, pair, place // SUB, num_blocks, share, most_further
+        )
         if start >= end:
             return
     columns = tl.arange(0, BLOCK_S)
@@ -155,12 +158,13 @@ def attend_listed(
 
 @triton.jit
 def listed_gradient(
-    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, order_ptr, bounds_ptr, grad_ptr, lse_ptr, delta_ptr,
-    partial_ptr, grad_key_ptr, grad_value_ptr,
+    query_ptr, key_ptr, value_ptr, first_ptr, last_ptr, valid_ptr, order_ptr, bounds_ptr, further_ptr, grad_ptr,
+    lse_ptr, delta_ptr, partial_ptr, grad_key_ptr, grad_value_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gt,
-    num_pairs, H_kv, T, S, num_blocks, window, local_blocks, token_start, token_end, scale, scale_log2,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SHARE: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
+    num_pairs, H_kv, T, S, num_blocks, share, most_further, window, local_blocks, token_start, token_end, scale,
+    scale_log2,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SUB: tl.constexpr, BLOCK_S: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_INTERVAL: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -169,17 +173,19 @@ def listed_gradient(
 ):  # fmt: skip
     """Gradients that pass through one block of keys, for the (token, slot) pairs that list it; MASKED as above.
 
-    Adds to grad_key and grad_value [split, B, H_kv, S, ·] float32, the keys' without the scale, or writes them if this
-    IS_FIRST; writes what the block gives to the gradient of its queries, partial [B, token, slot·SUB + sub, H, D].
+    Adds to grad_key and grad_value [B, H_kv, S, ·] float32, the keys' without the scale, or writes them if this
+    IS_FIRST; writes the rows of further shares behind them (shares.py), and what the block gives to the gradient of its
+    queries, partial [B, token, slot·SUB + sub, H, D].
     """
-    pair, place = program_block(num_pairs, PAIRS_FIRST)
+    pair, place = program_place(num_pairs, PAIRS_FIRST)
     batch = pair // H_kv
     kv_head = pair % H_kv
-    block = place // SUB
     sub = place % SUB
+    place //= SUB
     chunk = token_end - token_start
-    start, end = block_entries(bounds_ptr, pair, block, num_blocks, tl.program_id(1), tl.num_programs(1), SHARE)
-    if (start >= end) & (not IS_FIRST):
+    block, start, end = place_entries(bounds_ptr, further_ptr, pair, place, num_blocks, share, most_further)
+    is_further = place < most_further
+    if (start >= end) & (is_further | (not IS_FIRST)):
         return
     columns = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
@@ -205,8 +211,8 @@ def listed_gradient(
     pairs_per_tile: tl.constexpr = BLOCK_M // GROUP_BLOCK
     first_entry = token_start * SLOTS
     order = order_ptr + pair.to(tl.int64) * T * SLOTS + first_entry
-    place = entry_places(order, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
-    pairs = place - first_entry
+    entries = entry_places(order, first_entry, start, end, 0, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
+    pairs = entries - first_entry
     following = entry_places(order, first_entry, start, end, 1, parts, pairs_per_tile, GROUP_BLOCK, BLOCK_M, False)
     for step in range(tl.cdiv(end - start, pairs_per_tile) * parts):
         # Two steps ahead, so that the next step's rows, which are loaded in this one, need not wait for their places.
@@ -242,15 +248,14 @@ def listed_gradient(
         pairs = following - first_entry
         following = coming
 
-    split = tl.program_id(1).to(tl.int64) * num_pairs
-    row = ((split + pair) * S + keys)[:, None]
-    key_out = grad_key_ptr + row * D + d[None, :]
-    value_out = grad_value_ptr + row * DV + dv[None, :]
+    row = gradient_row(num_pairs, pair, place, key_start, S, most_further, sub, SUB, BLOCK_S)
+    key_out = grad_key_ptr + row * D + columns[:, None] * D + d[None, :]
+    value_out = grad_value_ptr + row * DV + columns[:, None] * DV + dv[None, :]
     key_mask = stored[:, None] & (d < D)[None, :]
     value_mask = stored[:, None] & (dv < DV)[None, :]
     if not IS_FIRST:
-        grad_key += tl.load(key_out, mask=key_mask, other=0.0)
-        grad_value += tl.load(value_out, mask=value_mask, other=0.0)
+        grad_key += tl.load(key_out, mask=key_mask & (not is_further), other=0.0)
+        grad_value += tl.load(value_out, mask=value_mask & (not is_further), other=0.0)
     tl.store(key_out, grad_key, mask=key_mask)
     tl.store(value_out, grad_value, mask=value_mask)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa_compile.kernels.gpu import launch, listed, ranges, tiles
+from nsa_compile.kernels.gpu import launch, listed, ranges, shares, tiles
 from nsa_compile.kernels.gpu.inverted import invert_lists
 from nsa_compile.kernels.gpu.launch import Intervals, KeyGeometry
 from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
@@ -20,12 +20,10 @@ from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
 BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
-# Programs, but for shares, up to which those of all sequences and KV heads run side by side: no long one starts late.
+# Programs, but for further shares, up to which those of all sequences and KV heads run side by side: no long one starts late.
 # With more of them the queries of a KV head at a time stay in L2.
 FORWARD_PAIRS_FIRST = 3072
 BACKWARD_PAIRS_FIRST = 4096
-MOST_SPLITS = 8  # of a block's list entries: some blocks are listed by most tokens
-SHARE = 64  # list entries of a split, or a multiple: a program that loads a block for fewer gains nothing
 
 
 def selected_attention(
@@ -226,19 +224,20 @@ def listed_forward(
         chunk = end - start
         if has_entries:
             if inverted is None:
-                order, bounds = block_indices, block_indices
-                grid = (chunk * slots * sub * B * H_kv, 1)
+                entries, sizes = (block_indices, block_indices, block_indices), (num_blocks, 0, 0)
+                places = chunk * slots
             else:
-                order, bounds = inverted.order, inverted.bounds[index]
-                grid = (_seen_blocks(intervals, geometry, end) * sub * B * H_kv, MOST_SPLITS)
-            listed.attend_listed[grid](
-                query, key, value, *intervals.pointers(query), block_indices, order, bounds, partial, partial_lse,
+                entries, sizes = inverted.chunk(index), (num_blocks, inverted.share, inverted.most_further)
+                places = _seen_blocks(intervals, geometry, end)
+            programs = places * sub * B * H_kv
+            listed.attend_listed[(programs + sizes[-1] * sub * B * H_kv,)](
+                query, key, value, *intervals.pointers(query), block_indices, *entries, partial, partial_lse,
                 *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-                B * H_kv, H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, geometry.initial, start, end,
+                B * H_kv, H_kv, T, S, *sizes, geometry.window, geometry.local_blocks, geometry.initial, start, end,
                 scale * launch.LOG2_E,
-                SHARE=SHARE, SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, **lists,
+                SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, **lists,
                 HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
-                PAIRS_FIRST=grid[0] <= FORWARD_PAIRS_FIRST,
+                PAIRS_FIRST=programs <= FORWARD_PAIRS_FIRST,
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip
         _merge(
@@ -277,17 +276,17 @@ def listed_backward(
     chunks = _chunks(query, D, slots * sub, BACKWARD_PARTIAL_BYTES)
     longest = chunks[0][1] if chunks else 0
     has_entries = B * S * longest * n > 0
-    # Blocks differ in how many tokens list them: with few blocks, each is split into shares, which are added in a fixed
-    # order afterwards.  Not by the batch, or a sequence's gradients would depend on the others.
-    splits = max(1, min(MOST_SPLITS, launch.MANY_PROGRAMS // max(1, num_blocks * sub * H_kv)))
-    make = torch.empty if has_entries else torch.zeros
-    grad_key = make((splits, B, H_kv, S, D), dtype=torch.float32, device=key.device)
-    grad_value = make((splits, B, H_kv, S, DV), dtype=torch.float32, device=key.device)
+    inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries else None
+    # Rows of further shares behind those of the keys (shares.py).
+    further_rows = B * H_kv * inverted.most_further * sub * block_size if inverted else 0
+    make = torch.empty if inverted else torch.zeros
+    sums = [
+        make((B * H_kv * S + further_rows, size), dtype=torch.float32, device=key.device) for size in (D, DV)
+    ]
     if not geometry.empty:
         launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)
     partial = query.new_empty(B * longest * slots * sub * H * D)
-    inverted = invert_lists(block_indices, intervals, geometry, longest) if has_entries else None
     is_masked = _cuts_blocks(geometry, intervals)
     hopper = ranges.hopper(query.device.type)
     if hopper is None or not hopper.handles_lists(query, key, value, grad, partial, block_size, is_masked, scale):
@@ -296,34 +295,40 @@ def listed_backward(
         if inverted is not None:
             # The first chunk writes the gradients of all keys, others add to those that they see.
             blocks = num_blocks if index == 0 else _seen_blocks(intervals, geometry, end)
-            grid = (blocks * sub * B * H_kv, splits)
+            entries, sizes = inverted.chunk(index), (num_blocks, inverted.share, inverted.most_further)
+            programs = blocks * sub * B * H_kv
+            grid = (programs + inverted.most_further * sub * B * H_kv,)
             lists = {
-                "SHARE": SHARE,
                 "SUB": sub,
                 "SLOTS": slots,
-                "PAIRS_FIRST": grid[0] <= BACKWARD_PAIRS_FIRST,
+                "PAIRS_FIRST": programs <= BACKWARD_PAIRS_FIRST,
                 "IS_FIRST": index == 0,
             }
             if hopper is not None:
                 hopper.listed_gradient(
-                    grid, query, key, value, inverted.order, inverted.bounds[index], grad, lse, delta, partial,
-                    grad_key, grad_value, num_blocks, (start, end), scale, lists,
+                    grid, query, key, value, entries, grad, lse, delta, partial, *sums, sizes, (start, end), scale,
+                    lists,
                 )  # fmt: skip
             else:
                 listed.listed_gradient[grid](
-                    query, key, value, *intervals.pointers(query), inverted.order, inverted.bounds[index], grad, lse,
-                    delta, partial, grad_key, grad_value,
+                    query, key, value, *intervals.pointers(query), *entries, grad, lse, delta, partial, *sums,
                     *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
-                    B * H_kv, H_kv, T, S, num_blocks, geometry.window, geometry.local_blocks, start, end,
+                    B * H_kv, H_kv, T, S, *sizes, geometry.window, geometry.local_blocks, start, end,
                     scale, scale * launch.LOG2_E,
                     BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, HAS_DENSE=not geometry.empty,
                     MASKED=is_masked, **lists, **constants, **intervals.constants(), **tile,
+                )  # fmt: skip
+            if inverted.most_further:
+                shares.add_shares[(blocks * sub, B * H_kv)](
+                    inverted.further[index], *sums, B * H_kv, S, num_blocks, inverted.most_further,
+                    SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block,
+                    **{name: constants[name] for name in ("D", "DV", "BLOCK_D", "BLOCK_DV")}, num_warps=4,
                 )  # fmt: skip
         _merge(
             listed.merge_query_gradients, block_indices, intervals, geometry, (start, end), sub, constants,
             partial, grad_query, D=D, BLOCK_D=constants["BLOCK_D"],
         )  # fmt: skip
-    grad_key, grad_value = (each[0] if splits == 1 else each.sum(0) for each in (grad_key, grad_value))
+    grad_key, grad_value = (each[: B * H_kv * S].view(B, H_kv, S, each.shape[1]) for each in sums)
     if geometry.empty:
         return grad_query, (grad_key * scale).to(key.dtype), grad_value.to(value.dtype)
     if geometry.initial:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nsa_compile.kernels import reference
 from nsa_compile.kernels.blockwise import branches
 from nsa_compile.kernels.compression import mean_compress
-from nsa_compile.kernels.gpu import compressed, gated, inverted, joint, launch, selected, selection, window
+from nsa_compile.kernels.gpu import compressed, gated, inverted, joint, launch, selected, selection, shares, window
 from nsa_compile.kernels.intervals import blocks_with_valid_key, tighten_intervals
 
 SIZES = {"compression": {"block_length": 8, "block_stride": 4}, "block": 16, "window": 20, "selected": 4}
@@ -76,8 +76,8 @@ def run(
     gated.PARTIAL_BYTES = limit, limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
     selected.FORWARD_PAIRS_FIRST = selected.BACKWARD_PAIRS_FIRST = 0 if limit == 1 else 4096
-    # Few enough shares that each has something to do.
-    launch.QUERIES_OF_A_SPLIT, selected.MOST_SPLITS, selected.SHARE = (20, 3, 4) if limit == 1 else (2048, 8, 64)
+    # Blocks with several shares of list entries, and those with one.
+    launch.QUERIES_OF_A_SPLIT, shares.SMALLEST_SHARE, shares.SHARES = (20, 4, 20) if limit == 1 else (2048, 64, 1536)
     launch.QUERIES_OF_AN_INITIAL_SPLIT = 20 if limit == 1 else 512
     query = torch.randn(B, T, H, D, dtype=dtype).transpose(1, 2)
     key, value = (torch.randn(B, S, H_kv, size, dtype=dtype).transpose(1, 2) for size in (D, DV))
@@ -161,6 +161,7 @@ def invert(
 ) -> dict:
     """Numbers in which inverted lists differ from torch's stable sort."""
     inverted.TILE, inverted.COUNT_BYTES = tile, limit
+    shares.SMALLEST_SHARE, shares.SHARES = 4, 1536
     S = blocks * 16 - 3
     lists = torch.randint(-1, different, (B, H_kv, T, n), dtype=torch.int32)
     first = last = None
@@ -175,18 +176,22 @@ def invert(
         geometry = launch.KeyGeometry(S, selection_block=16, local_blocks=2)
         low = ((torch.arange(T).clamp_max(S - 1) // 16 - 1) * 16).clamp_min(0).expand(B, T)
     intervals = launch.Intervals(first, last, None, is_causal=True)
-    order, bounds = inverted.invert_lists(lists, intervals, geometry, chunk)
+    order, bounds, further, share, most_further = inverted.invert_lists(lists, intervals, geometry, chunk)
     used = (lists >= 0) & (lists * 16 >= geometry.initial) & (lists * 16 < low[:, None, :, None])
     # Lists that break their promise are read like others: what stands where forced blocks do is not used.
     constants = geometry.list_constants(n)
     first_slot, slots = constants["FIRST_SLOT"], constants["SLOTS"]
     used[..., :first_slot] = used[..., first_slot + slots :] = False
     keys = torch.where(used, lists, blocks).reshape(B * H_kv, T * n)
-    wrong = {"order": 0, "bounds": 0}
+    wrong = {"order": 0, "bounds": 0, "further": 0}
     for index, start in enumerate(range(0, T * n, chunk * n)):
         part, places = keys[:, start : start + chunk * n].sort(stable=True)
         edges = torch.arange(blocks + 1, dtype=torch.int32).expand(B * H_kv, -1).contiguous()
-        wrong["bounds"] += int((torch.searchsorted(part, edges) != bounds[index, :, : blocks + 1]).sum())
+        starts = torch.searchsorted(part, edges)
+        wrong["bounds"] += int((starts != bounds[index, :, : blocks + 1]).sum())
+        before = ((starts.diff() + share - 1) // share - 1).clamp_min(0).cumsum(1)
+        wrong["further"] += int((before != further[index, :, 1 : blocks + 1]).sum() + further[index, :, 0].sum())
+        wrong["further"] += int((before[:, -1] > most_further).sum())
         places += start
         expected = places // n * slots + places % n - first_slot
         given = order[:, start // n * slots :][:, : part.shape[1]]

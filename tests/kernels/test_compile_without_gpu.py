@@ -68,7 +68,7 @@ def test_kernels_compile(capability: int, dtype: torch.dtype, monkeypatch: pytes
         "merge_outputs", "merge_query_gradients",
     }  # fmt: skip
     # attend_listed holds the next step's queries in registers, so its loads are ordinary ones.
-    inversion = {"rank_entries", "start_tiles", "start_blocks", "order_entries"}
+    inversion = {"rank_entries", "start_tiles", "start_blocks", "order_entries", "add_shares"}
     assert {kernel.name for kernel in compiled} >= {*loops, *inversion, "attend_listed", "top_blocks"}
     # What keeps a kernel waiting for memory: Triton gives up on a loop in silence.
     assert {kernel.name for kernel in compiled if kernel.name in loops and not kernel.pipelined} == set()
@@ -155,10 +155,11 @@ def test_gradients_through_lists_overlap_their_products_several_programs_a_multi
     rows = torch.empty(1, 1024, heads, size, dtype=dtype).transpose(1, 2)
     keys = torch.empty(1, 1024, 2, size, dtype=dtype).transpose(1, 2)
     numbers, sums = torch.empty(1, 2, 1024, dtype=torch.int32), torch.empty(1, 1, 2, 1024, size)
-    lists = {"SHARE": 64, "SUB": 1, "SLOTS": 13, "PAIRS_FIRST": True, "IS_FIRST": True}
-    arguments = (rows, keys, keys, numbers, numbers[0], rows, sums[0, 0], sums[0, 0], rows, sums, sums)
+    lists = {"SUB": 1, "SLOTS": 13, "PAIRS_FIRST": True, "IS_FIRST": True}
+    entries = (numbers, numbers[0], numbers[0])
+    arguments = (rows, keys, keys, entries, rows, sums[0, 0], sums[0, 0], rows, sums, sums)
     with compiler.compile_only(90) as compiled:
-        hopper.listed_gradient((32, 1), *arguments, 16, (0, 1024), 0.125, lists)
+        hopper.listed_gradient((32,), *arguments, (16, 64, 128), (0, 1024), 0.125, lists)
     (kernel,) = compiled
     assert kernel.warpgroup_mma
     assert kernel.pipelined

@@ -248,19 +248,18 @@ def handles_lists(
 
 
 def listed_gradient(
-    grid: tuple[int, int],
+    grid: tuple[int],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    order: Tensor,
-    bounds: Tensor,
+    entries: tuple[Tensor, Tensor, Tensor],
     grad: Tensor,
     lse: Tensor,
     delta: Tensor,
     partial: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
-    num_blocks: int,
+    sizes: tuple[int, int, int],
     chunk: tuple[int, int],
     scale: float,
     lists: dict[str, Any],
@@ -269,9 +268,9 @@ def listed_gradient(
     B, H, T, D = query.shape
     H_kv, S = key.shape[1], key.shape[2]
     listed.hopper_listed_gradient[grid](
-        query, key, value, order, bounds, grad, lse, delta, partial, grad_key, grad_value,
+        query, key, value, *entries, grad, lse, delta, partial, grad_key, grad_value,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride()[:3],
-        B * H_kv, H_kv, T, S, num_blocks, *chunk, scale, scale * LOG2_E,
+        B * H_kv, H_kv, T, S, *sizes, *chunk, scale, scale * LOG2_E,
         GROUP=H // H_kv, D=D, num_warps=4, maxnreg=LISTED_REGISTERS[D], **lists,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_compile.kernels.gpu.hopper.ring import ROWS
-from nsa_compile.kernels.gpu.inverted import block_entries, program_block
+from nsa_compile.kernels.gpu.shares import gradient_row, place_entries, program_place
 
 # Steps whose list entries are in shared memory: this one's, and those of the next two.
 PLACES = gl.constexpr(3)
@@ -97,13 +97,13 @@ def gather_step(
 
 @gluon.jit
 def hopper_listed_gradient(
-    query_ptr, key_ptr, value_ptr, order_ptr, bounds_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr, grad_key_ptr,
-    grad_value_ptr,
+    query_ptr, key_ptr, value_ptr, order_ptr, bounds_ptr, further_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr,
+    grad_key_ptr, grad_value_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gt,
-    num_pairs, H_kv, T, S, num_blocks, token_start, token_end, scale, scale_log2,
-    GROUP: gl.constexpr, SHARE: gl.constexpr, SUB: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr,
-    PAIRS_FIRST: gl.constexpr, IS_FIRST: gl.constexpr,
+    num_pairs, H_kv, T, S, num_blocks, share, most_further, token_start, token_end, scale, scale_log2,
+    GROUP: gl.constexpr, SUB: gl.constexpr, SLOTS: gl.constexpr, D: gl.constexpr, PAIRS_FIRST: gl.constexpr,
+    IS_FIRST: gl.constexpr,
 ):  # fmt: skip
     """Gradients that pass through ROWS keys, for the (token, slot) pairs that list their block; all see all of them.
 
@@ -120,22 +120,24 @@ def hopper_listed_gradient(
     dtype: gl.constexpr = key_ptr.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
     square_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], dtype)
-    pair, place = program_block(num_pairs, PAIRS_FIRST)
+    pair, place = program_place(num_pairs, PAIRS_FIRST)
     batch = (pair // H_kv).to(gl.int64)
     kv_head = (pair % H_kv).to(gl.int64)
-    block = place // SUB
     sub = place % SUB
-    start, end = block_entries(bounds_ptr, pair, block, num_blocks, gl.program_id(1), gl.num_programs(1), SHARE)
+    place //= SUB
+    block, start, end = place_entries(bounds_ptr, further_ptr, pair, place, num_blocks, share, most_further)
     key_start = (block * SUB + sub) * ROWS
-    first_row = (gl.program_id(1).to(gl.int64) * num_pairs + pair) * S + key_start
+    first_row = gradient_row(num_pairs, pair, place, key_start, S, most_further, sub, SUB, ROWS)
     grad_key_ptr += first_row * D
     grad_value_ptr += first_row * D
     grad_key = gl.zeros([ROWS, D], gl.float32, WIDE)
     grad_value = gl.zeros([ROWS, D], gl.float32, WIDE)
+    is_further = place < most_further
     if start >= end:
         if IS_FIRST:
-            add_rows(grad_key_ptr, grad_key, S - key_start, D, IS_FIRST)
-            add_rows(grad_value_ptr, grad_value, S - key_start, D, IS_FIRST)
+            if not is_further:
+                add_rows(grad_key_ptr, grad_key, S - key_start, is_further, D, IS_FIRST)
+                add_rows(grad_value_ptr, grad_value, S - key_start, is_further, D, IS_FIRST)
         return
     H = H_kv * GROUP
     first_head = kv_head * GROUP
@@ -211,17 +213,17 @@ def hopper_listed_gradient(
         store_partial(partial_ptr, grad_query, query, places, used, H, SUB, GROUP, D, LOAD)
 
     async_copy.wait_group(0)
-    add_rows(grad_key_ptr, grad_key / scale, S - key_start, D, IS_FIRST)
-    add_rows(grad_value_ptr, grad_value / scale, S - key_start, D, IS_FIRST)
+    add_rows(grad_key_ptr, grad_key / scale, S - key_start, is_further, D, IS_FIRST)
+    add_rows(grad_value_ptr, grad_value / scale, S - key_start, is_further, D, IS_FIRST)
 
 
 @gluon.jit
-def add_rows(pointer, tile, count, D: gl.constexpr, IS_FIRST: gl.constexpr):
-    """Adds the first `count` of ROWS rows to a contiguous float32 [·, D], or writes them if they are the first."""
+def add_rows(pointer, tile, count, is_further, D: gl.constexpr, IS_FIRST: gl.constexpr):
+    """Adds the first `count` of ROWS rows to a contiguous float32 [·, D]; writes the first ones, and further shares."""
     STORE: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
     pointers = pointer + rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, STORE))[None, :]
     total = gl.convert_layout(tile, STORE)
     if not IS_FIRST:
-        total += gl.load(pointers, mask=(rows < count)[:, None], other=0.0)
+        total += gl.load(pointers, mask=(rows < gl.where(is_further, 0, count))[:, None], other=0.0)
     gl.store(pointers, total, mask=(rows < count)[:, None])
