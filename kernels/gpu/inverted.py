@@ -19,7 +19,7 @@ from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 TILE = 1024  # list entries that are counted together, or more:
 MOST_TILES = 256  # of a chunk, which one program sums
-STEP = 64  # list entries that are compared with each other: more cost comparisons, fewer cost waiting
+STEP, WARPS = 32, 1  # list entries that are compared with each other: more cost comparisons, fewer cost waiting
 COUNT_BYTES = 1 << 25  # of the counts, unless those of one tile a chunk take more
 
 
@@ -62,13 +62,15 @@ def rank_entries(
     counts = counts_ptr + ((chunk.to(tl.int64) * tl.num_programs(1) + pair) * tiles + tile) * num_blocks
     index = tl.arange(0, STEP)
     weight = tl.where(index[:, None] < index[None, :], 65537, 1)
+    coming = tl.load(blocks_ptr + row + start + index, mask=start + index < end, other=-1)
     for step_start in range(start, end, STEP):
         entries = step_start + index
         inside = entries < end
         tokens = entries // NUM_LISTED
         first, last = token_interval(first_ptr, last_ptr, pair // H_kv, tokens, T, T, S, IS_CAUSAL, HAS_INTERVAL)
         low = dense_start(first, last, S, window, local_blocks, HAS_DENSE, SELECTION_BLOCK)
-        block = tl.load(blocks_ptr + row + entries, mask=inside, other=-1)
+        block = coming
+        coming = tl.load(blocks_ptr + row + entries + STEP, mask=entries + STEP < end, other=-1)
         slot = entries % NUM_LISTED - FIRST_SLOT
         used = routed(block, low, initial, SELECTION_BLOCK) & (block < num_blocks) & (slot >= 0) & (slot < SLOTS)
         block = tl.where(used, block, -1)
@@ -188,7 +190,7 @@ def invert_lists(block_indices: Tensor, intervals: Intervals, geometry: KeyGeome
         block_indices, first, last, counts, ranks, T, geometry.num_tokens, num_blocks, H_kv, geometry.window,
         geometry.local_blocks, geometry.initial, chunk_entries, tile, tiles, IS_CAUSAL=intervals.is_causal,
         HAS_INTERVAL=intervals.first is not None, HAS_DENSE=not geometry.empty,
-        SELECTION_BLOCK=geometry.selection_block, **constants, STEP=STEP, num_warps=2, num_stages=1,
+        SELECTION_BLOCK=geometry.selection_block, **constants, STEP=STEP, num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     padded = next_power_of_2(tiles)
     width = min(16, next_power_of_2(num_blocks))

@@ -22,8 +22,7 @@ BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of al
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
 # Programs, but for further shares, up to which those of all sequences and KV heads run side by side: no long one starts late.
 # With more of them the queries of a KV head at a time stay in L2.
-FORWARD_PAIRS_FIRST = 3072
-BACKWARD_PAIRS_FIRST = 4096
+PAIRS_FIRST = 2048
 
 
 def selected_attention(
@@ -237,7 +236,7 @@ def listed_forward(
                 scale * launch.LOG2_E,
                 SUB=sub, BLOCK_S=block_size, SELECTION_BLOCK=geometry.selection_block, **lists,
                 HAS_DENSE=not geometry.empty, DIRECT=direct, MASKED=_cuts_blocks(geometry, intervals),
-                PAIRS_FIRST=programs <= FORWARD_PAIRS_FIRST,
+                PAIRS_FIRST=programs <= PAIRS_FIRST,
                 **constants, **intervals.constants(), **tile,
             )  # fmt: skip
         _merge(
@@ -301,7 +300,7 @@ def listed_backward(
             lists = {
                 "SUB": sub,
                 "SLOTS": slots,
-                "PAIRS_FIRST": programs <= BACKWARD_PAIRS_FIRST,
+                "PAIRS_FIRST": programs <= PAIRS_FIRST,
                 "IS_FIRST": index == 0,
             }
             if hopper is not None:

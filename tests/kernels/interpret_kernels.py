@@ -75,7 +75,7 @@ def run(
     selected.PARTIAL_BYTES = selected.BACKWARD_PARTIAL_BYTES = limit
     gated.PARTIAL_BYTES = limit, limit
     selected.DIRECT_ENTRIES = 0 if limit == 1 else 4096
-    selected.FORWARD_PAIRS_FIRST = selected.BACKWARD_PAIRS_FIRST = 0 if limit == 1 else 4096
+    selected.PAIRS_FIRST = 0 if limit == 1 else 4096
     # Blocks with several shares of list entries, and those with one.
     launch.QUERIES_OF_A_SPLIT, shares.SMALLEST_SHARE, shares.SHARES = (20, 4, 20) if limit == 1 else (2048, 64, 1536)
     launch.QUERIES_OF_AN_INITIAL_SPLIT = 20 if limit == 1 else 512

@@ -167,7 +167,7 @@ def test_gradients_through_lists_equal_reference(
     B, H, H_kv, T, D, block, n, num_initial, num_local, dtype = case
     if chunks == "several_chunks":
         monkeypatch.setattr(selected, "BACKWARD_PARTIAL_BYTES", 1 << 20)
-        monkeypatch.setattr(selected, "BACKWARD_PAIRS_FIRST", 0)
+        monkeypatch.setattr(selected, "PAIRS_FIRST", 0)
     query = torch.randn(B, T, H, D, device="cuda", dtype=dtype).transpose(1, 2)
     key, value = in_poison(B, H_kv, T, D, dtype=dtype), in_poison(B, H_kv, T, D, dtype=dtype)
     compression, forced = {"block_length": 16, "block_stride": 16}, {"num_initial": num_initial, "num_local": num_local}
