@@ -30,9 +30,11 @@ from torch import Tensor, nn
 
 from nsa_compile import NSAConfig, attach, learned_parts
 
-# Finer compression than the paper's (32, 16), twice as many blocks, and keys that the branches share: in so few steps
-# the scores that choose blocks learn little retrieval otherwise.
-FINE = NSAConfig(combine="gated", compression="mlp", block_length=4, block_stride=4, num_selected=32, min_keys=0)
+# Finer compression than the paper's (32, 16), and keys that the branches share: in so few steps the scores that choose
+# blocks learn little retrieval otherwise.  Half the paper's window leaves time for more blocks, and them more to learn.
+FINE = NSAConfig(
+    combine="gated", compression="mlp", block_length=4, block_stride=4, num_selected=20, window=256, min_keys=0
+)
 # Small blocks for the toy, so that there is something to choose from.
 TOY = dataclasses.replace(FINE, selection_block=16, num_selected=6, num_local=2, window=32)
 
@@ -82,9 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--facts", type=int, help="facts in each sequence, each stated twice")
     parser.add_argument("--log", type=int, help="steps between two notes of the loss")
     parser.add_argument("--samples", type=int, help="questions for each length and depth")
-    parser.add_argument(
-        "--retrieve-with", type=int, nargs="*", default=[], help="n, other numbers of blocks to ask for keys with"
-    )
+    parser.add_argument("--retrieve-with", type=int, nargs="*", help="n, other numbers of blocks to ask for keys with")
     parser.add_argument("--time-at", type=int, nargs="*", help="sequence lengths to time training steps at")
     parser.add_argument("--heads", type=int, help="query heads of both models")
     parser.add_argument("--key-heads", type=int, help="KV heads; the query heads of a group share a choice of blocks")
@@ -104,9 +104,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "facts": 16,
         "log": 25,
         "samples": 8,
+        "retrieve_with": [32],
         "time_at": [8192, 16384, 32768],
     }
-    toy: dict[str, Any] = {"tokens": 256, "batch": 4, "steps": 20, "facts": 2, "log": 5, "samples": 1, "time_at": [256]}
+    toy: dict[str, Any] = {"tokens": 256, "batch": 4, "steps": 20, "facts": 2, "log": 5, "samples": 1}
+    toy |= {"retrieve_with": [], "time_at": [256]}
     for name, value in (gpu if is_gpu else toy).items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -18,7 +18,7 @@ from nsa_compile.kernels.gpu.shares import bounds_width, share_size
 from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 TILE = 1024  # list entries that are counted together, or more:
-MOST_TILES = 256  # of a chunk, which one program sums
+MOST_TILES = 512  # of a chunk, which one program sums
 STEP, WARPS = 32, 1  # list entries that are compared with each other: more cost comparisons, fewer cost waiting
 COUNT_BYTES = 1 << 25  # of the counts, unless those of one tile a chunk take more
 

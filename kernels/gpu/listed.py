@@ -88,9 +88,7 @@ def attend_listed(
         if not routed(block, entry_low, initial, SELECTION_BLOCK):
             return
     else:
-        block, start, end = place_entries(
-            bounds_ptr, further_ptr, pair, place // SUB, num_blocks, share, most_further
-        )
+        block, start, end = place_entries(bounds_ptr, further_ptr, pair, place // SUB, num_blocks, share, most_further)
         if start >= end:
             return
     columns = tl.arange(0, BLOCK_S)

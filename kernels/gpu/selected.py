@@ -20,8 +20,8 @@ from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 PARTIAL_BYTES = 1 << 30  # a chunk's partial outputs: bounds extra memory
 BACKWARD_PARTIAL_BYTES = 2 << 30  # likewise; for each chunk the gradients of all keys are read and written
 DIRECT_ENTRIES = 4096  # fewer list entries than this per KV head: no inverted list
-# Programs, but for further shares, up to which those of all sequences and KV heads run side by side: no long one starts late.
-# With more of them the queries of a KV head at a time stay in L2.
+# Programs, but for further shares, up to which those of all sequences and KV heads run side by side: no long one starts
+# late.  With more of them the queries of a KV head at a time stay in L2.
 PAIRS_FIRST = 2048
 
 
@@ -279,9 +279,7 @@ def listed_backward(
     # Rows of further shares behind those of the keys (shares.py).
     further_rows = B * H_kv * inverted.most_further * sub * block_size if inverted else 0
     make = torch.empty if inverted else torch.zeros
-    sums = [
-        make((B * H_kv * S + further_rows, size), dtype=torch.float32, device=key.device) for size in (D, DV)
-    ]
+    sums = [make((B * H_kv * S + further_rows, size), dtype=torch.float32, device=key.device) for size in (D, DV)]
     if not geometry.empty:
         launch.flash_query_gradient(query, key, value, intervals, geometry, scale, grad, lse, delta, grad_query)
     tile = _tile(query, value, constants["GROUP"], direct=False, backward=True)

@@ -69,7 +69,7 @@ def place_entries(bounds_ptr, further_ptr, pair, place, num_blocks, share, most_
 
 @triton.jit
 def gradient_row(num_pairs, pair, place, key_start, S, most_further, sub, SUB: tl.constexpr, BLOCK_S: tl.constexpr):
-    """First row of a place's gradients: among the keys [B, H_kv, S], or behind them in [B, H_kv, place, SUB·BLOCK_S]."""
+    """First row of a place's gradients: of [B, H_kv, S] keys, or of [B, H_kv, place, SUB·BLOCK_S] rows behind them."""
     keys = pair.to(tl.int64) * S + key_start
     further = tl.cast(num_pairs, tl.int64) * S + ((pair.to(tl.int64) * most_further + place) * SUB + sub) * BLOCK_S
     return tl.where(place < most_further, further, keys)

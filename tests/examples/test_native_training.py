@@ -112,7 +112,8 @@ def test_train_from_scratch_takes_other_sizes() -> None:
     assert (options.config.num_selected, model.heads, model.key_heads, model.head_size) == (16, 16, 4, 128)
     assert options.mode is None
     defaults = example.parse(gpu)
-    assert (defaults.config.num_selected, defaults.model.key_heads, defaults.mode) == (32, 8, "reduce-overhead")
+    assert (defaults.config.num_selected, defaults.model.key_heads, defaults.mode) == (20, 8, "reduce-overhead")
+    assert (defaults.retrieve_with, example.parse([*gpu, "--retrieve-with"]).retrieve_with) == ([32], [])
 
 
 def test_train_from_scratch_keeps_each_stage_of_a_run_that_is_stopped(
