@@ -61,6 +61,8 @@ class OutcomeFile:
             # Another process may run at the same time.
             self._load()
         self.outcomes[name] = outcome
+        # Dense first, whichever run was the first to write.
+        self.outcomes = dict(sorted(self.outcomes.items(), key=lambda each: each[0].lower()))
         written = {
             "conditions": self._conditions,
             "outcomes": {name: dataclasses.asdict(each) for name, each in self.outcomes.items()},

@@ -87,10 +87,10 @@ def test_train_from_scratch_compares_two_runs_on_the_same_data(
 
 def test_train_from_scratch_joins_the_runs_of_two_processes(tmp_path: Path) -> None:
     options = ["--steps", "2", "--time-at", "32", "64"]
-    dense = from_scratch(tmp_path, *options, "--only", "dense")
-    both = from_scratch(tmp_path, *options, "--only", "NSA")
+    sparse = from_scratch(tmp_path, *options, "--only", "NSA")
+    both = from_scratch(tmp_path, *options, "--only", "dense")
     assert list(both) == ["dense", "NSA"]
-    assert both["dense"] == dense["dense"]
+    assert both["NSA"] == sparse["NSA"]
     # The longest first.
     assert list(both["NSA"].step_times) == [64, 32]
     with pytest.raises(ValueError, match="steps") as raised:
