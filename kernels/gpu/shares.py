@@ -4,6 +4,7 @@ Some blocks are listed by most tokens.  A block's entries are cut into shares of
 There is a program for the first share of each block, and one for each further share that there may be; how many a block
 has is known on the device alone, so that those at the end may find that there is nothing to do.  Gradients of a first
 share go to the keys of its block, those of further ones to rows behind, from which `add_shares` adds them in order.
+Those rows take SHARES · l' · (D + D_v) · 4 bytes a sequence at most: 100 MB for blocks of 64 and heads of 128.
 """
 
 import triton
