@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from nsa_compile import NSAConfig, attach, learned_parts
 
 # Finer compression than the paper's (32, 16), and keys that the branches share: in so few steps the scores that choose
-# blocks learn little retrieval otherwise.  Half the paper's window leaves time for more blocks, and them more to learn.
+# blocks learn little retrieval otherwise.  Half the paper's window leaves time for more blocks.
 FINE = NSAConfig(
     combine="gated", compression="mlp", block_length=4, block_stride=4, num_selected=20, window=256, min_keys=0
 )
