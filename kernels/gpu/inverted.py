@@ -19,7 +19,8 @@ from nsa_compile.kernels.gpu.sizes import cdiv, next_power_of_2
 
 TILE = 1024  # list entries that are counted together, or more:
 MOST_TILES = 512  # of a chunk, which one program sums
-STEP, WARPS = 32, 1  # list entries that are compared with each other: more cost comparisons, fewer cost waiting
+STEP = 32  # list entries that are compared with each other: more cost comparisons, fewer cost waiting
+WARPS = 1  # that compare them: one need not wait for another
 COUNT_BYTES = 1 << 25  # of the counts, unless those of one tile a chunk take more
 
 

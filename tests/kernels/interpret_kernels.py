@@ -201,7 +201,7 @@ def invert(
         given = order[:, start // n * slots :][:, : part.shape[1]]
         padded = torch.nn.functional.pad(given, (0, part.shape[1] - given.shape[1]))
         wrong["order"] += int(((padded != expected) & (part < blocks)).sum())
-    return wrong | {"used": int(used.sum())}
+    return wrong | {"used": int(used.sum()), "shared": int(further[..., blocks].sum())}
 
 
 if __name__ == "__main__":

@@ -66,4 +66,6 @@ def test_kernels_equal_reference(errors: dict[str, dict[str, float]], case: str)
 @pytest.mark.parametrize("case", LISTS)
 def test_lists_are_inverted_as_a_stable_sort_does(errors: dict[str, dict[str, int]], case: str) -> None:
     assert errors[case].pop("used") > 0
+    # Elsewhere many entries name one block, so that it has further shares.
+    assert errors[case].pop("shared") > 0 or case in ("lists_of_many_blocks", "lists_in_one_tile")
     assert errors[case] == {"order": 0, "bounds": 0, "further": 0}

@@ -264,7 +264,14 @@ def listed_gradient(
     scale: float,
     lists: dict[str, Any],
 ) -> None:
-    """Adds and writes what `listed_gradient` of the folder above does, for the tokens of a chunk."""
+    """Adds and writes what `listed_gradient` of the folder above does, for the tokens of a chunk.
+
+    Args as there, but for these:
+        entries: order, bounds and further of an inverted chunk.
+        sizes: N_blk, entries of a share, and how many further shares there may be.
+        chunk: first token, and the one after the last.
+        lists: constants of the kernel.
+    """
     B, H, T, D = query.shape
     H_kv, S = key.shape[1], key.shape[2]
     listed.hopper_listed_gradient[grid](
